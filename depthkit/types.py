@@ -1,0 +1,77 @@
+"""What crosses a module border.
+
+Shapes: B images, H/W pixels, h/w patches, C channels.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, NotRequired, TypedDict
+
+import numpy as np
+from torch import Tensor
+
+Kind = Literal["disparity", "depth"]
+"""`disparity`: inverse depth up to scale and shift, larger = nearer. `depth`: planar z in metres, larger = farther."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """A sample that could not be used: where it lies and why."""
+
+    dataset: str
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """One decoded image with its target, between decode and collate.
+
+    `image` is (H, W, 3) uint8 RGB, `target` (H, W) float32 of the stage's kind, `valid_mask` (H, W) bool, True = supervise this pixel.
+    Invalid pixels hold 0 and False. Sky with a known label is disparity 0 and valid. `rejections` lists the samples
+    that were tried first at this position and found broken.
+    """
+
+    image: np.ndarray
+    target: np.ndarray
+    valid_mask: np.ndarray
+    key: str
+    dataset: str
+    rejections: list[Rejection] = field(default_factory=list)
+
+
+class Batch(TypedDict):
+    """Collated samples. `cutmix_box` is (B, 4) int64 (top, left, height, width), height 0 = no CutMix for that image."""
+
+    image: Tensor  # (B, 3, H, W) float32, normalised with the encoder's mean and standard deviation
+    target: Tensor  # (B, H, W) float32
+    valid_mask: Tensor  # (B, H, W) bool
+    key: list[str]
+    dataset: list[str]
+    rejections: list[Rejection]
+    cutmix_box: NotRequired[Tensor]
+
+
+class StudentBatch(TypedDict):
+    labeled: Batch
+    unlabeled: Batch
+
+
+class ModelOutput(NamedTuple):
+    """`values` (B, H, W) >= 0 in the model's kind; `features` (B, C, h, w), the final normalised patch tokens of the encoder."""
+
+    values: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """A prediction for one image, at the size of the image: `values` (H, W) float32, and what they mean."""
+
+    values: np.ndarray
+    kind: Kind
+    unit: str
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2:
+            raise ValueError(f"a prediction is one (height, width) map, got shape {self.values.shape}")
