@@ -1,0 +1,26 @@
+"""Writing files so that nobody ever sees half of one."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears at `path`, whole and on disk, when the block ends without an exception.
+
+    Until then it is `.NAME.RANDOM.tmp` in the same folder. An exception removes it; a killed process leaves it there,
+    safe to delete, and `path` as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
