@@ -1,0 +1,87 @@
+"""Bringing maps onto a common scale: normalisation of a map by itself, scale and shift estimation against a target.
+
+Shapes: B images, H/W pixels. Maps are (B, H, W), masks (B, H, W) bool with True = use this pixel, statistics (B,).
+Everything is float32, per image, and blind to what lies outside the mask, NaN and infinity included.
+"""
+
+import torch
+from torch import Tensor
+
+SMALLEST_SPREAD = 1e-6
+"""Spread below which a map counts as constant. Relative to the map's level, where float32 resolves about 1e-7."""
+
+
+def zero_invalid(values: Tensor, valid_mask: Tensor) -> Tensor:
+    """`values` as float32 with 0 outside the mask, so that nothing from there enters a sum or a gradient."""
+    return torch.where(valid_mask, values.float(), 0.0)
+
+
+def masked_mean(values: Tensor, valid_mask: Tensor) -> Tensor:
+    """Mean over the valid pixels of each image, (B,); 0 for an empty mask."""
+    assert values.shape == valid_mask.shape, f"{tuple(values.shape)} values, {tuple(valid_mask.shape)} mask"
+    return zero_invalid(values, valid_mask).sum((1, 2)) / valid_mask.sum((1, 2)).clamp(min=1)
+
+
+def masked_median(values: Tensor, valid_mask: Tensor) -> Tensor:
+    """Lower median over the valid pixels of each image, (B,); 0 for an empty mask. Differentiable in `values`."""
+    assert values.shape == valid_mask.shape, f"{tuple(values.shape)} values, {tuple(valid_mask.shape)} mask"
+    num_valid = valid_mask.sum((1, 2))
+    # A sort, because `median` and `kthvalue` refuse to run on CUDA under torch.use_deterministic_algorithms.
+    ordered = torch.where(valid_mask, values.float(), torch.inf).flatten(1).sort(dim=1, stable=True).values
+    middle = ((num_valid - 1) // 2).clamp(min=0)
+    return torch.where(num_valid > 0, ordered.gather(1, middle[:, None]).squeeze(1), 0.0)
+
+
+def normalize_median_mad(values: Tensor, valid_mask: Tensor, eps: float = SMALLEST_SPREAD) -> Tensor:
+    """`(x - median) / mean|x - median|` over the valid pixels of each image; 0 at invalid pixels.
+
+    Unchanged by `a * x + b`, a > 0. A map whose mean absolute deviation is at most `eps * max(1, |median|)` counts as
+    constant: it becomes 0 everywhere with zero gradient, where the quotient would have an unbounded one.
+    Source: MiDaS (Ranftl et al. 2020), Depth Anything V1 section 3.1.
+    """
+    median = masked_median(values, valid_mask)
+    deviation = zero_invalid(values.float() - median[:, None, None], valid_mask)
+    spread = masked_mean(deviation.abs(), valid_mask)
+    is_constant = spread <= eps * median.abs().clamp(min=1.0)
+    normalized = deviation / torch.where(is_constant, 1.0, spread)[:, None, None]
+    return torch.where(is_constant[:, None, None], 0.0, normalized)
+
+
+def fit_least_squares(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`scale, shift`, each (B,), that minimise the sum of `(scale * prediction + shift - target)^2` over valid pixels.
+
+    Closed form `scale = cov(prediction, target) / var(prediction)` on centred values, which float32 carries where the
+    textbook determinant cancels. A constant prediction (also a single pixel) gives scale 0 and the mean of the target.
+    The scale is negative where the prediction falls as the target rises. Differentiable.
+    """
+    prediction_mean = masked_mean(prediction, valid_mask)
+    target_mean = masked_mean(target, valid_mask)
+    prediction_offset = zero_invalid(prediction.float() - prediction_mean[:, None, None], valid_mask)
+    target_offset = zero_invalid(target.float() - target_mean[:, None, None], valid_mask)
+    variance = masked_mean(prediction_offset**2, valid_mask)
+    covariance = masked_mean(prediction_offset * target_offset, valid_mask)
+    is_constant = variance <= (SMALLEST_SPREAD * prediction_mean) ** 2
+    scale = torch.where(is_constant, 0.0, covariance / torch.where(is_constant, 1.0, variance))
+    return scale, target_mean - scale * prediction_mean
+
+
+def align_least_squares(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+    """`scale * prediction + shift` with `fit_least_squares`; pixels outside the mask are mapped too."""
+    scale, shift = fit_least_squares(prediction, target, valid_mask)
+    return scale[:, None, None] * prediction.float() + shift[:, None, None]
+
+
+def fit_median_scale(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+    """`median(target) / median(prediction)` over valid pixels, (B,): the scale of a depth known up to scale alone.
+
+    Medians are lower medians. A prediction with median <= 0 cannot be scaled and gives 0.
+    Source: Zhou et al. 2017 (SfMLearner), section 4.1.
+    """
+    median = masked_median(prediction, valid_mask)
+    can_scale = median > 0
+    return torch.where(can_scale, masked_median(target, valid_mask) / torch.where(can_scale, median, 1.0), 0.0)
+
+
+def align_median_scale(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+    """`scale * prediction` with `fit_median_scale`; pixels outside the mask are scaled too."""
+    return fit_median_scale(prediction, target, valid_mask)[:, None, None] * prediction.float()
