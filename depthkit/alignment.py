@@ -43,7 +43,7 @@ def normalize_median_mad(values: Tensor, valid_mask: Tensor, eps: float = SMALLE
     deviation = zero_invalid(values.float() - median[:, None, None], valid_mask)
     spread = masked_mean(deviation.abs(), valid_mask)
     is_constant = spread <= eps * median.abs().clamp(min=1.0)
-    normalized = deviation / torch.where(is_constant, 1.0, spread)[:, None, None]
+    normalized = deviation / spread.clamp(min=eps)[:, None, None]
     return torch.where(is_constant[:, None, None], 0.0, normalized)
 
 
