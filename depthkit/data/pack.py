@@ -34,8 +34,8 @@ INPUT is an index, a text file with one JSON object a line ({"id", "source", "rg
 unlabeled/ beside an index is packed as well. Files are copied byte for byte; images that are not JPEG, PNG or WebP
 become lossless 8-bit PNG.
 
-Each source is one scene or more that no other source shows, so it goes to one split as a whole: train, unless
---val-sources or --test-sources names it.
+A source goes to one split as a whole: train, unless --val-sources or --test-sources names it. Put sources that show
+the same scene into the same split, else a test image was seen in training.
 
 A pair that cannot be used is left out and written to OUT/NAME/rejected.jsonl with the reason. Start a run that was
 stopped again with the same arguments: finished shards are kept. Exit code: 0 all packed, 1 some pairs rejected,
