@@ -8,6 +8,7 @@ import io
 import math
 import re
 import struct
+import zlib
 from collections.abc import Callable
 from tokenize import TokenError
 
@@ -88,10 +89,21 @@ def read_tiff32f(data: bytes) -> np.ndarray:
 
 def imdecode(data: bytes, flags: int) -> np.ndarray | None:
     """cv2.imdecode, which returns None for what it cannot decode, without its exceptions for empty and huge input."""
+    if data.startswith(PNG_SIGNATURE) and not _png_chunks_fit(data):
+        return None
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
         return None
+
+
+def _png_chunks_fit(data: bytes) -> bool:
+    """Whether every chunk lies inside the file: OpenCV allocates up to 4 GB when a damaged length asks for it."""
+    start, kind = len(PNG_SIGNATURE), b""
+    while start < len(data) and kind != b"IEND":
+        kind = data[start + 4 : start + 8]
+        start += 12 + int.from_bytes(data[start : start + 4])
+    return kind == b"IEND" and start <= len(data)
 
 
 def _read_png(data: bytes, bit_depth: int) -> np.ndarray:
@@ -107,8 +119,10 @@ def _read_png(data: bytes, bit_depth: int) -> np.ndarray:
 
 def _png_header(data: bytes) -> tuple[int, int, int, int]:
     """Width, height, bit depth and colour type."""
-    if not data.startswith(PNG_SIGNATURE) or len(data) < 26:
+    if not data.startswith(PNG_SIGNATURE):
         raise SampleError(f"expected a PNG, found a file that begins with {data[:8]!r}")
+    if len(data) < 33 or zlib.crc32(data[12:29]) != int.from_bytes(data[29:33]):
+        raise SampleError("PNG header is cut off or damaged")
     return struct.unpack(">IIBB", data[16:26])
 
 

@@ -48,9 +48,21 @@ def decode_image(data: bytes, *, reduce: int = 1) -> np.ndarray:
     """
     is_jpeg = data.startswith(b"\xff\xd8")
     image = imdecode(data, REDUCED_FLAGS[reduce if is_jpeg else 1])
-    if image is None:
+    if image is None or (is_jpeg and not _has_jpeg_end(data)):
         raise SampleError(f"damaged or cut off image ({len(data)} bytes)")
     return image
+
+
+def _has_jpeg_end(data: bytes) -> bool:
+    """Whether an end mark follows the first scan (those before it belong to thumbnails).
+
+    libjpeg notices a file that is cut, but takes a tail of zeros, as interrupted copies leave it, for grey pixels.
+    """
+    start = 2
+    while data[start : start + 1] == b"\xff" and data[start + 1 : start + 2] != b"\xda":
+        is_fill_byte = data[start + 1 : start + 2] == b"\xff"
+        start += 1 if is_fill_byte else 2 + int.from_bytes(data[start + 2 : start + 4])
+    return data.rfind(b"\xff\xd9", start) >= 0
 
 
 def target_size(data: bytes, codec: Codec) -> tuple[int, int]:

@@ -1,0 +1,451 @@
+"""Images and labels: every codec and quantity against values known from elsewhere, and damage that is named."""
+
+import io
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from depthkit.data.codecs import CODECS
+from depthkit.data.decode import decode_image, decode_target, encode_disparity, image_size, target_size
+from depthkit.data.manifest import TargetSpec
+from depthkit.data.quarantine import SampleError
+
+DEPTH_M = np.array([[0.5, 1.0, 2.5], [4.0, 8.0, 16.0]])
+CODES = np.array([[0, 1, 1000], [4095, 40000, 65535]], np.uint16)
+
+
+def make_spec(**changes: Any) -> TargetSpec:
+    return TargetSpec(**{"quantity": "depth", "codec": "npy", "extension": "depth.npy", **changes})
+
+
+def npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=allow_pickle)
+    return file.getvalue()
+
+
+def save(array: np.ndarray, image_format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, image_format, **options)
+    return file.getvalue()
+
+
+def make_image(height: int = 48, width: int = 65) -> np.ndarray:
+    """Smooth, so that JPEG keeps it nearly."""
+    row, col = np.mgrid[:height, :width]
+    return np.stack([row * 255 / height, col * 255 / width, (row + col) * 255 / (height + width)], -1).astype(np.uint8)
+
+
+def bit_rotated(millimetres: np.ndarray) -> np.ndarray:
+    """The SUN RGB-D form: the 16 bits turned left by three."""
+    text = [f"{value:016b}" for value in millimetres.ravel()]
+    return np.array([int(bits[3:] + bits[:3], 2) for bits in text], np.uint16).reshape(millimetres.shape)
+
+
+# Codecs: bytes made here, by other means than the reader's
+
+
+def stored_forms() -> dict[str, tuple[bytes, np.ndarray]]:
+    """Codec -> (file, the numbers it holds)."""
+    floats = DEPTH_M.astype(np.float32)
+    bytes8 = np.array([[0, 1, 2], [3, 128, 255]], np.uint8)
+    kinect = np.array([[0, 600, 1000], [1090, 1093, 2047]])  # metres: .3216, .7132, 3.798, 140.5, < 0, < 0
+    metres = np.array([[351.3 / 1092.5, 351.3 / 492.5, 351.3 / 92.5], [0, 0, 0]])
+    return {
+        "png16": (save(CODES, "PNG"), CODES),
+        "png8": (save(bytes8, "PNG"), bytes8),
+        "png16_sunrgbd": (save(bit_rotated(CODES), "PNG"), CODES),
+        "pgm16": (b"P5\n# made by hand\n3 2\n65535\n" + struct.pack(">6H", *CODES.ravel()), CODES),
+        "pgm16_nyu_raw": (b"P5 3 2 65535\n" + struct.pack("<6H", *kinect.ravel()), metres),
+        "npy": (npy(floats[..., None]), floats),
+        "pfm": (b"Pf\n3 2\n-0.25\n" + struct.pack("<6f", *floats[::-1].ravel()), floats),
+        "tiff32f": (save(floats, "TIFF"), floats),
+    }
+
+
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_codec_reads_what_was_stored(codec: str) -> None:
+    data, expected = stored_forms()[codec]
+    np.testing.assert_allclose(CODECS[codec](data), expected, rtol=1e-6 if codec == "pgm16_nyu_raw" else 0)
+    assert target_size(data, codec) == expected.shape
+
+
+@pytest.mark.parametrize("codec", list(CODECS))
+@pytest.mark.parametrize("keep", [0, 5, -1], ids=["empty", "header cut", "last byte lost"])
+def test_cut_label_is_an_error(codec: str, keep: int) -> None:
+    data, _ = stored_forms()[codec]
+    with pytest.raises(SampleError):
+        CODECS[codec](data[:keep])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_damaged_headers_raise_nothing_but_sample_error(codec: str) -> None:
+    data, _ = stored_forms()[codec]
+    rng = np.random.default_rng(0)
+    num_refused = 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in rng.integers(0, min(len(data), 120), 3):
+            damaged[place] = rng.integers(256)
+        try:
+            assert len(target_size(bytes(damaged), codec)) == CODECS[codec](bytes(damaged)).ndim == 2
+        except SampleError:
+            num_refused += 1
+    assert num_refused > 30
+
+
+@pytest.mark.parametrize(
+    "array", [DEPTH_M, DEPTH_M.astype(">f4"), DEPTH_M.astype(np.float16), np.asfortranarray(DEPTH_M), CODES]
+)
+def test_npy_of_any_real_type(array: np.ndarray) -> None:
+    np.testing.assert_array_equal(CODECS["npy"](npy(array)), array)
+
+
+def test_pfm_high_byte_first() -> None:
+    data = b"Pf 3 2 1.0\n" + struct.pack(">6f", *DEPTH_M[::-1].ravel())
+    np.testing.assert_array_equal(CODECS["pfm"](data), DEPTH_M)
+
+
+@pytest.mark.parametrize(
+    ("codec", "data", "reason"),
+    [
+        ("png16", save(CODES.astype(np.uint8), "PNG"), "8-bit grey PNG where the manifest says png16"),
+        ("png8", save(CODES, "PNG"), "16-bit grey PNG where the manifest says png8"),
+        ("png16", save(make_image(), "PNG"), "8-bit RGB PNG where the manifest says png16"),
+        ("png8", save(make_image(), "PNG"), "8-bit RGB PNG where the manifest says png8"),
+        ("png8", Image.Image.tobytes(Image.new("L", (9, 9))), "expected a PNG"),
+        ("png16", save(make_image(), "JPEG"), r"expected a PNG, found a file that begins with b'\\xff\\xd8"),
+        ("pgm16", b"P5 3 2 255\n" + bytes(6), "8-bit PGM"),
+        ("pgm16", b"P6 3 2 65535\n" + bytes(36), "P5"),
+        ("pgm16", b"P5 3 2 65535\n" + bytes(11), "needs 12 bytes of numbers, found 11"),
+        ("pfm", b"PF 3 2 -1\n" + bytes(72), "one-channel PFM"),
+        ("npy", npy(make_image()), r"\(H, W\) or \(H, W, 1\), found uint8 of shape \(48, 65, 3\)"),
+        ("npy", npy(DEPTH_M.astype(complex)), "complex128"),
+        ("npy", npy(DEPTH_M.astype(object), allow_pickle=True), "object"),
+        ("npy", npy(DEPTH_M)[:-8], "should hold 48 bytes of numbers, found 40"),
+        ("npy", b"PK\x03\x04", "not a NumPy file"),
+        ("tiff32f", save(CODES, "TIFF"), "32-bit float TIFF, found uint16"),
+        ("tiff32f", b"II*\x00", "not a readable TIFF"),
+    ],
+)
+def test_wrong_codec_says_what_was_found(codec: str, data: bytes, reason: str) -> None:
+    with pytest.raises(SampleError, match=reason):
+        CODECS[codec](data)
+
+
+def test_damaged_png_label() -> None:
+    data = bytearray(save(np.arange(10000, dtype=np.uint16).reshape(100, 100), "PNG"))
+    data[len(data) // 2] ^= 0xFF
+    with pytest.raises(SampleError, match="cut off or damaged"):
+        CODECS["png16"](bytes(data))
+
+
+# Quantities
+
+
+@pytest.mark.parametrize(
+    ("spec", "stored", "facts"),
+    [
+        (make_spec(scale=4), DEPTH_M * 4, {}),
+        (make_spec(quantity="inverse_depth", scale=10), 10 / DEPTH_M, {}),
+        (
+            make_spec(quantity="stereo_disparity_px", scale=2),
+            2 * (0.25 * 700 / DEPTH_M - 3),
+            {"intrinsics_px": [700, 690, 320, 240], "baseline_m": 0.25, "doffs_px": 3},
+        ),
+    ],
+    ids=["depth", "inverse depth", "calibrated stereo"],
+)
+def test_quantity_to_depth_and_disparity(spec: TargetSpec, stored: np.ndarray, facts: dict[str, Any]) -> None:
+    depth, valid_mask = decode_target(npy(stored), spec, facts, "depth")
+    np.testing.assert_allclose(depth, DEPTH_M, rtol=1e-6)
+    assert (depth.dtype, valid_mask.dtype, valid_mask.all()) == (np.float32, bool, True)
+    disparity, _ = decode_target(npy(stored), spec, facts, "disparity")
+    np.testing.assert_allclose(disparity, 1 / DEPTH_M, rtol=1e-6)
+
+
+def test_ray_distance_of_a_wall_is_constant_depth() -> None:
+    """A wall at 3 m facing the camera; the ray of pixel (i, j) leaves through its centre."""
+    rows, cols = np.mgrid[:6, :8] + 0.5
+    distance = 3 * np.sqrt(((cols - 4.2) / 5) ** 2 + ((rows - 2.9) / 6) ** 2 + 1)
+    spec, facts = make_spec(quantity="ray_distance"), {"intrinsics_px": [5, 6, 4.2, 2.9]}
+    depth, _ = decode_target(npy(distance), spec, facts, "depth")
+    np.testing.assert_allclose(depth, np.full((6, 8), 3), rtol=1e-6)
+    crop, _ = decode_target(npy(distance), spec, facts, "depth", rows=np.array([5, 1]), cols=np.array([0, 7, 3]))
+    np.testing.assert_allclose(crop, np.full((2, 3), 3), rtol=1e-6)
+
+
+def test_uncalibrated_stereo_stays_in_pixels() -> None:
+    spec = make_spec(quantity="stereo_disparity_px", scale=4, metric=False)
+    disparity, _ = decode_target(npy(DEPTH_M * 4), spec, {}, "disparity")
+    np.testing.assert_allclose(disparity, DEPTH_M, rtol=1e-6)
+
+
+@pytest.mark.parametrize("quantity", ["depth", "stereo_disparity_px", "disparity"])
+def test_data_without_a_unit_cannot_give_metres(quantity: str) -> None:
+    with pytest.raises(ValueError, match=f"{quantity} without a unit") as error:
+        decode_target(npy(DEPTH_M), make_spec(quantity=quantity, metric=False), {}, "depth")
+    assert not isinstance(error.value, SampleError)  # a wrong setting, not a broken sample
+
+
+@pytest.mark.parametrize(
+    ("quantity", "facts", "missing"),
+    [
+        ("ray_distance", {"baseline_m": 1}, "'intrinsics_px'; they hold baseline_m"),
+        ("stereo_disparity_px", {"intrinsics_px": [1, 1, 1, 1]}, "'baseline_m'"),
+        ("stereo_disparity_px", {"baseline_m": 1}, "'intrinsics_px'"),
+    ],
+)
+def test_missing_facts_are_named(quantity: str, facts: dict[str, Any], missing: str) -> None:
+    with pytest.raises(SampleError, match=missing):
+        decode_target(npy(DEPTH_M), make_spec(quantity=quantity), facts, "depth")
+
+
+# Masks
+
+
+def test_what_is_no_measurement() -> None:
+    stored = np.array([[np.nan, np.inf, -np.inf, 0], [-1, 7, 65535, 2]], np.float32)
+    for kind, expected in (("depth", 2), ("disparity", 0.5)):
+        target, valid_mask = decode_target(npy(stored), make_spec(invalid_values=(7, 65535)), {}, kind)
+        np.testing.assert_array_equal(valid_mask, [[0, 0, 0, 0], [0, 0, 0, 1]])
+        np.testing.assert_array_equal(target, [[0, 0, 0, 0], [0, 0, 0, expected]])
+
+
+def test_a_conversion_without_a_positive_finite_result_is_masked() -> None:
+    facts = {"intrinsics_px": [100, 100, 0, 0], "baseline_m": 1, "doffs_px": -5}
+    spec = make_spec(quantity="stereo_disparity_px")
+    with np.errstate(divide="ignore"):
+        depth, valid_mask = decode_target(npy(np.array([[4.0, 5.0, 10.0]])), spec, facts, "depth")
+    np.testing.assert_array_equal(valid_mask, [[False, False, True]])
+    np.testing.assert_allclose(depth, [[0, 0, 20]])
+
+
+@pytest.mark.parametrize("stored", [np.zeros((4, 4)), np.full((4, 4), np.nan), np.full((4, 4), 9.0)])
+def test_no_valid_pixel(stored: np.ndarray) -> None:
+    with pytest.raises(SampleError, match="no valid pixel: all 16 stored numbers"):
+        decode_target(npy(stored), make_spec(invalid_values=(9,)), {}, "disparity")
+
+
+def test_an_empty_crop_of_a_good_label_is_no_error() -> None:
+    stored = np.zeros((4, 4))
+    stored[3, 3] = 1
+    crop = np.array([0, 1])
+    target, valid_mask = decode_target(npy(stored), make_spec(), {}, "disparity", rows=crop, cols=crop)
+    assert not valid_mask.any()
+    assert not target.any()
+
+
+@pytest.mark.parametrize("kind", ["depth", "disparity"])
+def test_chosen_pixels_are_those_of_the_whole_map(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    stored = np.where(rng.random((20, 30)) < 0.3, 0, rng.integers(1, 9000, (20, 30))).astype(np.uint16)
+    data, spec = save(stored, "PNG"), make_spec(codec="png16", scale=1000)
+    sky = save((rng.random((20, 30)) < 0.5).astype(np.uint8), "PNG")
+    rows, cols = np.array([3, 3, 19, 0]), np.arange(30)[::-2]
+    whole = decode_target(data, spec, {}, kind, sky=sky)
+    part = decode_target(data, spec, {}, kind, sky=sky, rows=rows, cols=cols)
+    for full_map, part_map in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(part_map, full_map[np.ix_(rows, cols)])
+
+
+def test_sky_is_disparity_zero_where_nothing_was_measured() -> None:
+    stored = np.array([[0, 0], [4, 4]], np.float32)
+    sky = save(np.array([[255, 0], [1, 0]], np.uint8), "PNG")
+    disparity, valid_mask = decode_target(npy(stored), make_spec(), {}, "disparity", sky=sky)
+    np.testing.assert_array_equal(disparity, [[0, 0], [0.25, 0.25]])
+    np.testing.assert_array_equal(valid_mask, [[1, 0], [1, 1]])
+    _, valid_mask = decode_target(npy(stored), make_spec(), {}, "depth", sky=sky)
+    np.testing.assert_array_equal(valid_mask, [[0, 0], [1, 1]])
+    with pytest.raises(SampleError, match=r"sky mask is \(2, 2\), the label \(2, 3\)"):
+        decode_target(npy(DEPTH_M), make_spec(), {}, "disparity", sky=sky)
+
+
+# Pseudo-labels
+
+PSEUDO_LABEL = make_spec(quantity="disparity", codec="png16", extension="disparity.png", metric=False)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1, 5000])
+def test_pseudo_label_error_is_at_most_half_a_code(scale: float) -> None:
+    disparity = (np.random.default_rng(0).random((40, 50)) * scale + 0.1 * scale).astype(np.float32)
+    data, facts = encode_disparity(disparity)
+    decoded, valid_mask = decode_target(data, PSEUDO_LABEL, json.loads(json.dumps(facts)), "disparity")
+    bound = np.ptp(disparity.astype(np.float64)) / 65535 / 2 + np.spacing(disparity.max())
+    assert np.abs(decoded.astype(np.float64) - disparity).max() <= bound
+    assert valid_mask.all()
+
+
+@pytest.mark.parametrize("value", [0, 0.3, 17])
+def test_constant_pseudo_label_is_exact(value: float) -> None:
+    disparity = np.full((3, 4), value, np.float32)
+    data, facts = encode_disparity(disparity)
+    decoded, valid_mask = decode_target(data, PSEUDO_LABEL, facts, "disparity")
+    np.testing.assert_array_equal(decoded, disparity)
+    assert valid_mask.all()
+
+
+def test_pseudo_label_refuses_what_it_cannot_hold() -> None:
+    for bad in (np.array([[1, np.nan]]), np.array([[1, np.inf]]), np.ones((1, 2, 2))):
+        with pytest.raises(ValueError, match="one finite"):
+            encode_disparity(bad)
+    data, facts = encode_disparity(DEPTH_M)
+    with pytest.raises(SampleError, match="'scale' and 'offset', found scale"):
+        decode_target(data, PSEUDO_LABEL, {"scale": facts["scale"]}, "disparity")
+
+
+# Images
+
+
+@pytest.mark.parametrize(("image_format", "tolerance"), [("JPEG", 2), ("PNG", 0), ("WEBP", 2), ("PPM", 0)])
+def test_image_is_rgb(image_format: str, tolerance: int) -> None:
+    image = make_image()
+    data = save(image, image_format, quality=95)
+    decoded = decode_image(data)
+    assert image_size(data) == decoded.shape[:2] == (48, 65)
+    assert np.abs(decoded.astype(int) - image).mean() <= tolerance
+
+
+@pytest.mark.parametrize("reduce", [2, 4, 8])
+def test_reduced_jpeg(reduce: int) -> None:
+    data = save(make_image(), "JPEG", quality=95)
+    reduced = decode_image(data, reduce=reduce)
+    height, width = -(-48 // reduce), -(-65 // reduce)
+    assert reduced.shape == (height, width, 3)
+    padding = ((0, height * reduce - 48), (0, width * reduce - 65), (0, 0))
+    blocks = np.pad(make_image(), padding, mode="edge").reshape(height, reduce, width, reduce, 3)
+    assert np.abs(reduced - blocks.mean(axis=(1, 3))).max() < 6
+    assert decode_image(save(make_image(), "PNG"), reduce=reduce).shape == (48, 65, 3)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(image_format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = save(make_image(), image_format, exif=exif)
+    file = Image.open(io.BytesIO(data))
+    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL's Transpose that undoes it
+    upright = file if orientation == 1 else file.transpose(Image.Transpose(turn[orientation]))
+    decoded = decode_image(data)
+    assert image_size(data) == decoded.shape[:2] == ((48, 65) if orientation < 5 else (65, 48))
+    assert np.abs(decoded.astype(int) - np.asarray(upright)).max() <= 8
+
+
+def test_unusual_pixels_become_rgb() -> None:
+    image = make_image()
+    grey = image[..., 0]
+    np.testing.assert_array_equal(decode_image(save(grey, "PNG")), np.stack([grey] * 3, -1))
+    np.testing.assert_array_equal(decode_image(save(np.dstack([image, grey]), "PNG")), image)
+    deep = grey.astype(np.uint16) * 256 + 99
+    np.testing.assert_array_equal(decode_image(save(deep, "PNG")), np.stack([grey] * 3, -1))
+
+
+@pytest.mark.parametrize("reduce", [1, 2, 4, 8])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("lost", [1, 2, 40, 600])
+def test_cut_jpeg_is_an_error_and_not_grey(reduce: int, progressive: bool, lost: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    thumbnail = Image.Exif()
+    thumbnail[0x927C] = save(image, "JPEG")
+    data = save(image, "JPEG", progressive=progressive, exif=thumbnail)
+    assert decode_image(data, reduce=reduce).any()
+    for cut in (data[:-lost], data[:-lost] + bytes(lost)):
+        with pytest.raises(SampleError, match=rf"damaged or cut off image \({len(cut)} bytes\)"):
+            decode_image(cut, reduce=reduce)
+
+
+def test_jpeg_with_fill_bytes_and_a_trailer_is_whole() -> None:
+    data = save(make_image(), "JPEG")
+    padded = data[:2] + b"\xff" * 3 + data[2:] + b"\xff\xda trailer of a camera" + bytes(100)
+    np.testing.assert_array_equal(decode_image(padded), decode_image(data))
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "PPM"])
+def test_cut_image_is_an_error(image_format: str) -> None:
+    data = save(make_image(), image_format)
+    for cut in (b"", data[:20], data[: len(data) // 2], data[:-1]):
+        with pytest.raises(SampleError, match="damaged or cut off"):
+            decode_image(cut)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"<html>", save(make_image(), "PNG")[:20]])
+def test_unreadable_image_header(data: bytes) -> None:
+    with pytest.raises(SampleError, match=rf"unreadable image header \({len(data)} bytes\)"):
+        image_size(data)
+
+
+# Real samples, decoded a second time by the rules of their README
+
+
+def real_values(path: Path, row: dict[str, Any]) -> np.ndarray:
+    """Metres or pixels in float64; 0, NaN or inf where nothing was measured."""
+    codec = row["codec"]
+    if codec == "npy":
+        return np.load(path).astype(np.float64).squeeze()
+    if codec == "pfm":
+        content = path.read_bytes()
+        width, height = map(int, content.split(b"\n")[1].split())
+        return np.frombuffer(content[-4 * width * height :], "<f4").reshape(height, width)[::-1].astype(np.float64)
+    stored = np.asarray(Image.open(path))
+    if codec == "pgm16_nyu_raw":
+        metres = 351.3 / (1092.5 - stored.astype(np.uint16).byteswap())
+        return np.where((metres > 0) & (metres <= 10), metres, 0)
+    if codec == "png16_sunrgbd":
+        wide = stored.astype(np.int64)
+        stored = (wide // 8 + wide * 8192) % 65536
+    invalid = np.isin(stored, row.get("invalid_also", []))
+    return np.where(invalid, 0, stored / np.float64(row["scale"]))
+
+
+def real_spec(row: dict[str, Any]) -> TargetSpec:
+    return TargetSpec(
+        quantity="depth" if row["target"] == "depth" else "stereo_disparity_px",
+        codec=row["codec"],
+        extension="label",
+        scale=row["scale"] or 1,
+        metric=row["metric"],
+        invalid_values=tuple(row.get("invalid_also", [])),
+        aligned=row["aligned"],
+    )
+
+
+def test_every_real_sample(samples_dir: Path) -> None:
+    rows = [json.loads(line) for line in (samples_dir / "index.jsonl").read_text().splitlines()]
+    assert {row["codec"] for row in rows} >= set(CODECS) - {"pgm16"}
+    for row in rows:
+        data = (samples_dir / row["label"]).read_bytes()
+        facts = {"intrinsics_px": row["K"], "baseline_m": row.get("baseline_m"), "doffs_px": row.get("doffs")}
+        facts = {name: fact for name, fact in facts.items() if fact is not None}
+        values = real_values(samples_dir / row["label"], row)
+        measured = np.isfinite(values) & (values > 0)
+        values = np.where(measured, values, 1)
+        is_depth = row["target"] == "depth"
+        depth = (
+            values
+            if is_depth
+            else row.get("baseline_m", 0) * facts.get("intrinsics_px", [0])[0] / (values + row.get("doffs", 0))
+        )
+        calibrated = is_depth or "baseline_m" in row
+        wanted = {"disparity": 1 / depth if calibrated else values} | ({"depth": depth} if row["metric"] else {})
+        for kind, expected in wanted.items():
+            target, valid_mask = decode_target(data, real_spec(row), facts, kind)
+            np.testing.assert_array_equal(valid_mask, measured, err_msg=row["id"])
+            np.testing.assert_allclose(target[measured], expected[measured], rtol=2e-6, err_msg=row["id"])
+        assert target_size(data, row["codec"]) == values.shape, row["id"]
+
+
+def test_every_real_image(samples_dir: Path) -> None:
+    rows = [json.loads(line) for line in (samples_dir / "index.jsonl").read_text().splitlines()]
+    for row in rows:
+        path = samples_dir / row["rgb"]
+        expected = np.asarray(Image.open(path).convert("RGB"))
+        decoded = decode_image(path.read_bytes())
+        assert image_size(path.read_bytes()) == decoded.shape[:2] == expected.shape[:2]
+        assert np.abs(decoded.astype(np.int16) - expected).max() <= (0 if path.suffix in (".png", ".ppm") else 8)
