@@ -218,12 +218,12 @@ class PseudoLabelConfig(StageConfig):
     bundle: str = MISSING  # folder of the teacher's bundle
     images: str = MISSING  # manifest of the images
     out: str = MISSING  # folder for label shards and their manifest
-    short_side: int = 518  # pixels; the image is resized to it, aspect kept, sides rounded to multiples of the patch
+    short_side: int | None = None  # pixels; null = as the teacher was trained; aspect kept, sides multiples of the patch
     batch_size: int = 8  # images of one size per forward pass
     num_workers: int = 4
 
     def __post_init__(self) -> None:
-        check(self.short_side > 0, "stage.short_side", self.short_side, "> 0")
+        check(self.short_side is None or self.short_side > 0, "stage.short_side", self.short_side, "> 0 or null")
         check(self.batch_size > 0, "stage.batch_size", self.batch_size, "> 0")
 
 

@@ -41,15 +41,16 @@ class Sample:
 
 
 class Batch(TypedDict):
-    """Collated samples. `cutmix_box` is (B, 4) int64 (top, left, height, width), height 0 = no CutMix for that image."""
+    """Collated samples. The loader gives uint8 images; they are normalised once they are on the device."""
 
-    image: Tensor  # (B, 3, H, W) float32, normalised with the encoder's mean and standard deviation
+    image: Tensor  # (B, 3, H, W) uint8, then float32 with the encoder's mean and standard deviation
     target: Tensor  # (B, H, W) float32
     valid_mask: Tensor  # (B, H, W) bool
     key: list[str]
     dataset: list[str]
     rejections: list[Rejection]
-    cutmix_box: NotRequired[Tensor]
+    cutmix_box: NotRequired[Tensor]  # (B, 4) int64 (top, left, height, width), height 0 = none; unlabeled batches
+    cutmix_region: NotRequired[Tensor]  # (B, H, W) bool, True where the partner was pasted; after `cutmix`
 
 
 class StudentBatch(TypedDict):

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from depthkit.data.index import ShardIndex, save_index
+from depthkit.data.index import ShardIndex, load_index, save_index
 from depthkit.data.manifest import Shard
 from depthkit.files import atomic_write
 
@@ -98,3 +98,12 @@ class ShardWriter:
         self._file.write(data)
         self._hash.update(data)
         self.index.num_bytes += len(data)
+
+
+def describe_shard(root: Path, path: str) -> Shard:
+    """What a manifest in `root` says of the finished tar `path`, read from the tar itself."""
+    tar = root / path
+    with tar.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    index = load_index(tar)
+    return Shard(path=path, num_samples=len(index.samples), num_bytes=index.num_bytes, sha256=digest)

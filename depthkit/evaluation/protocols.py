@@ -75,32 +75,36 @@ def compare(
     align_corners=False, as MiDaS does), never the ground truth to it. `depth` is planar z; its unit matters only to a
     protocol in metres. ValueError when the protocol is not defined for models of this kind.
     """
+    depth, valid_mask = evaluated_pixels(depth, valid_mask, protocol)
+    aligned = ALIGNMENTS[protocol.alignment](_resize(prediction, depth), depth, valid_mask, protocol, kind)
+    return Comparison(aligned.clamp(protocol.min_depth, protocol.max_depth), depth, valid_mask)
+
+
+def evaluated_pixels(depth: Tensor, valid_mask: Tensor, protocol: ProtocolConfig) -> tuple[Tensor, Tensor]:
+    """Ground truth in the protocol's unit, 0 where invalid, and the mask of the pixels that count, for fit and metrics.
+
+    They are the valid ones with depth in `(min_depth, max_depth]` inside the crop. Crop borders are rounded down to
+    whole pixels, as in the published Garg and Eigen crops.
+    """
     valid_mask = valid_mask & (depth > 0)  # False for NaN too
     depth = zero_invalid(depth, valid_mask)
     if protocol.unit is DepthUnit.image_maximum:
         maximum = depth.amax((1, 2), keepdim=True)
         depth = depth / torch.where(maximum > 0, maximum, 1.0)
-    valid_mask = evaluated_pixels(depth, valid_mask, protocol)
-    aligned = ALIGNMENTS[protocol.alignment](_resize(prediction, depth), depth, valid_mask, protocol, kind)
-    return Comparison(aligned.clamp(protocol.min_depth, protocol.max_depth), depth, valid_mask)
-
-
-def evaluated_pixels(depth: Tensor, valid_mask: Tensor, protocol: ProtocolConfig) -> Tensor:
-    """The valid pixels inside the depth range `(min_depth, max_depth]` and the crop. Fit and metrics use the same ones.
-
-    Crop borders are rounded down to whole pixels, as in the published Garg and Eigen crops.
-    """
     is_inside = valid_mask & (depth > protocol.min_depth) & (depth <= protocol.max_depth)
-    if protocol.crop is None:
-        return is_inside
+    return depth, is_inside & _crop_mask(depth, protocol.crop)
+
+
+def _crop_mask(depth: Tensor, crop: list[float] | None) -> Tensor:
+    """(H, W) bool."""
     height, width = depth.shape[-2:]
+    shares = (0.0, 1.0, 0.0, 1.0) if crop is None else crop
     # 471 / 480 * 480 must give 471 whatever the last bit says.
-    top, bottom, left, right = (
-        int(share * size + 1e-6) for share, size in zip(protocol.crop, (height, height, width, width), strict=True)
-    )
-    box = torch.zeros_like(is_inside)
-    box[:, top:bottom, left:right] = True
-    return is_inside & box
+    borders = zip(shares, (height, height, width, width), strict=True)
+    top, bottom, left, right = (int(share * size + 1e-6) for share, size in borders)
+    mask = torch.zeros(height, width, dtype=torch.bool, device=depth.device)
+    mask[top:bottom, left:right] = True
+    return mask
 
 
 def _align_disparity(

@@ -1,0 +1,48 @@
+"""`depthkit VERB ...`: each verb is imported when it is used, so that the help text comes at once."""
+
+import sys
+from importlib import import_module
+
+from depthkit import __version__
+
+VERBS = {
+    "pack": ("depthkit.data.pack", "files on disk -> shards and manifests"),
+    "inspect": ("depthkit.data.inspect", "check shards and labels against their manifest"),
+    "train": ("depthkit.train", "train a stage: experiment=NAME and Hydra overrides"),
+    "label": ("depthkit.label", "pseudo-label images: bundle=TEACHER images=MANIFEST out=DIR"),
+    "evaluate": ("depthkit.evaluation.evaluate", "metrics by a named protocol, with a report"),
+    "predict": ("depthkit.predict", "depth maps of images: MODEL INPUT --out DIR"),
+    "demo": ("depthkit.demo", "the whole recipe on a small procedural world, in minutes on a CPU"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {verb:<10}{help_text}" for verb, (_, help_text) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: depthkit VERB ...      (depthkit VERB --help for each)",
+            "",
+            *lines,
+            "",
+            f"depthkit {__version__}: training code for monocular depth",
+        ]
+    )
+
+
+def main() -> int:
+    verb, *argv = sys.argv[1:] or ["--help"]
+    if verb in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if verb == "--version":
+        print(__version__)
+        return 0
+    if verb not in VERBS:
+        print(f"depthkit: unknown verb {verb!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module, _ = VERBS[verb]
+    return import_module(module).main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

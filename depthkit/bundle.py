@@ -1,0 +1,218 @@
+"""The bundle: a folder with `model.safetensors` and `model.json`, in which a stage hands its model to the next one.
+
+`model.json` holds what is needed to rebuild and to understand the model without any YAML: architecture, what it
+predicts, at which size it was trained, the sha256 of the weights, and where it comes from.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import depthkit
+from depthkit.config import ModelConfig
+from depthkit.data.decode import decode_image
+from depthkit.data.quarantine import SampleError
+from depthkit.data.windows import IMAGENET_MEAN, IMAGENET_STD, crop_image, full_window, inference_size, normalize
+from depthkit.models import DepthModel, Encoder, build_encoder, build_model
+from depthkit.types import Kind, Prediction
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+FACTS = "model.json"
+
+UNITS: dict[Kind, str] = {"disparity": "relative, larger = nearer", "depth": "metres, planar z"}
+
+
+class BundleError(ValueError):
+    """A folder that is not a whole bundle, or not one for the purpose; the message names it and says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleFacts:
+    """The content of `model.json`."""
+
+    content: Literal["depth_model", "encoder"]
+    model: ModelConfig
+    kind: Kind  # what `values` of the model are
+    short_side: int  # pixels; the size it was trained at and predicts at by default
+    sha256: str = ""  # of the weights file
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    provenance: dict[str, Any] = field(default_factory=dict)  # stage, seed, steps, data, teacher, versions
+
+
+def save_bundle(folder: Path, module: DepthModel | Encoder, facts: BundleFacts) -> Path:
+    """Write a bundle as a whole: a reader finds the old one or the new one, never a mixture or half."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        text = {"format": FORMAT, "depthkit": depthkit.__version__, **asdict(facts), "sha256": sha256(temporary / WEIGHTS)}
+        (temporary / FACTS).write_text(json.dumps(text, indent=2) + "\n")
+        for path in temporary.iterdir():
+            sync_to_disk(path)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def read_facts(folder: Path) -> BundleFacts:
+    """The facts of a bundle; BundleError names what is wrong."""
+    try:
+        text = json.loads((folder / FACTS).read_text())
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} is not a bundle: it holds no {FACTS}") from error
+    except ValueError as error:
+        raise BundleError(f"{folder / FACTS} is not JSON: {error}") from error
+    if text.pop("format", None) != FORMAT:
+        raise BundleError(f"{folder / FACTS}: this version reads format {FORMAT}; write the bundle again")
+    text.pop("depthkit", None)
+    try:
+        return BundleFacts(**{**text, "model": ModelConfig(**text["model"])})
+    except (TypeError, KeyError) as error:
+        raise BundleError(f"{folder / FACTS}: {error}") from error
+
+
+def read_weights(folder: Path, facts: BundleFacts) -> dict[str, Tensor]:
+    """The weights of a bundle; BundleError when they are not the ones that its facts describe."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise BundleError(f"{folder} holds no {WEIGHTS}")
+    found = sha256(path)
+    if found != facts.sha256:
+        raise BundleError(f"{path}: sha256 is {found}, {FACTS} says {facts.sha256}; copy the bundle again")
+    return load_file(path)
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
+    """Load weights into `module`; BundleError lists every key that is missing, unexpected or of another shape."""
+    own = module.state_dict()
+    problems = [f"missing: {name}" for name in own.keys() - state.keys()]
+    problems += [f"unexpected: {name}" for name in state.keys() - own.keys()]
+    problems += [
+        f"shape: {name} is {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in sorted(problems)[:20])
+        raise BundleError(f"{source} does not fit the model ({len(problems)} differences):\n{shown}")
+    module.load_state_dict(state)
+
+
+def load_model(folder: Path) -> tuple[DepthModel, BundleFacts]:
+    """The depth model of a bundle, in eval mode on the CPU."""
+    facts = read_facts(folder)
+    if facts.content != "depth_model":
+        raise BundleError(f"{folder} holds an {facts.content} alone: it cannot predict; use it as stage.encoder_weights")
+    model = build_model(facts.model)
+    load_strict(model, read_weights(folder, facts), folder)
+    return model.eval(), facts
+
+
+def load_encoder_weights(encoder: Encoder, folder: Path) -> None:
+    """Fill `encoder` from a bundle of an encoder or of a whole depth model, of which the encoder's part is taken."""
+    facts = read_facts(folder)
+    state = read_weights(folder, facts)
+    if facts.content == "depth_model":
+        prefix = "encoder."
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    load_strict(encoder, state, folder)
+
+
+class Predictor:
+    """A loaded model with its preprocessing: images in, `Prediction` out."""
+
+    def __init__(self, model: DepthModel, facts: BundleFacts, *, name: str, device: torch.device) -> None:
+        self.model = model.to(device)
+        self.facts = facts
+        self.name = name
+        self.device = device
+        self.kind: Kind = facts.kind
+        self.unit = UNITS[facts.kind]
+        self.sha256 = facts.sha256
+
+    @overload
+    def predict(self, image: np.ndarray | str | Path, *, short_side: int | None = None) -> Prediction: ...
+    @overload
+    def predict(
+        self, image: Sequence[np.ndarray | str | Path], *, short_side: int | None = None
+    ) -> list[Prediction]: ...
+    def predict(
+        self, image: np.ndarray | str | Path | Sequence[np.ndarray | str | Path], *, short_side: int | None = None
+    ) -> Prediction | list[Prediction]:
+        """Predict one image or a list: (H, W, 3) uint8 RGB arrays or paths. Values come at the size of the image.
+
+        The image is resized so that its shorter side is `short_side` (default: as in training), aspect kept, sides
+        multiples of the patch; the result is interpolated back (bilinear, align_corners=True, as the released V2).
+        """
+        if isinstance(image, list | tuple):
+            return [self._predict_one(item, short_side) for item in image]
+        assert isinstance(image, np.ndarray | str | Path)
+        return self._predict_one(image, short_side)
+
+    @torch.inference_mode()
+    def _predict_one(self, image: np.ndarray | str | Path, short_side: int | None) -> Prediction:
+        pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
+        if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+            raise ValueError(f"expected an (H, W, 3) uint8 RGB image, got shape {pixels.shape}, {pixels.dtype}")
+        size = (pixels.shape[0], pixels.shape[1])
+        model_size = inference_size(size, short_side or self.facts.short_side, self.model.encoder.patch_size)
+        resized = crop_image(pixels, full_window(size, model_size), size)
+        batch = torch.from_numpy(resized).permute(2, 0, 1)[None].to(self.device)
+        values = self.model(normalize(batch)).values
+        restored = F.interpolate(values[:, None].float(), size, mode="bilinear", align_corners=True)[0, 0]
+        return Prediction(values=restored.cpu().numpy(), kind=self.kind, unit=self.unit)
+
+
+def load(path: str | Path, device: str = "auto") -> Predictor:
+    """Load a bundle for prediction; `device` is a torch device or "auto" (a GPU where there is one)."""
+    folder = Path(path)
+    model, facts = load_model(folder)
+    return Predictor(model, facts, name=str(path), device=choose_device(device))
+
+
+def choose_device(device: str) -> torch.device:
+    """The torch device that a name means; "auto" takes CUDA where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image file as (H, W, 3) uint8 RGB; SampleError names the file."""
+    try:
+        return decode_image(path.read_bytes())
+    except SampleError as error:
+        raise SampleError(f"{path}: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def sync_to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,185 @@
+"""The LightningDataModule of every training stage."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from depthkit.config import AugmentConfig, DataConfig, DatasetConfig
+from depthkit.data.order import rank_slots
+from depthkit.data.procedural import WorldSpec, write_world
+from depthkit.data.quarantine import SampleError
+from depthkit.data.reader import DatasetReader
+from depthkit.data.streams import StepSampler, Stream, StreamDataset, collate, collate_streams
+from depthkit.data.transforms import cutmix
+from depthkit.data.windows import normalize
+from depthkit.types import Batch, Kind, Rejection
+
+
+class DepthDataModule(L.LightningDataModule):
+    """Training batches `{"labeled": Batch, "unlabeled": Batch}` in an exact ratio on every rank; validation on whole images.
+
+    `num_steps` counts batches. Training targets are in `target_kind`; None reads images alone. Validation images keep
+    their aspect: shorter side as the crop, sides multiples of `patch_size`; their targets are depth in metres.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        num_steps: int,
+        patch_size: int,
+        target_kind: Kind | None = "disparity",
+        limit_val: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.seed = seed
+        self.num_steps = num_steps
+        self.patch_size = patch_size
+        self.target_kind = target_kind
+        self.limit_val = limit_val
+
+    def prepare_data(self) -> None:
+        for group in (self.config.labeled, self.config.unlabeled, self.config.val):
+            render_missing(group)
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        return self.train_loader(
+            start_step=trainer.global_step * trainer.accumulate_grad_batches,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+
+    def train_loader(self, *, start_step: int = 0, rank: int = 0, world_size: int = 1) -> DataLoader:
+        """This rank's part of the batches from `start_step` on: the same whatever the workers and earlier interruptions."""
+        streams = build_streams(self.config, self.target_kind, self.seed)
+        sampler = StepSampler(
+            {name: stream.images_per_step for name, stream in streams.items()},
+            num_steps=self.num_steps,
+            start_step=start_step,
+            rank=rank,
+            world_size=world_size,
+        )
+        return self._loader(StreamDataset(streams), batch_sampler=sampler, collate_fn=collate_streams)
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        if not self.config.val:
+            return []
+        readers = [DatasetReader(name, dataset, "depth") for name, dataset in self.config.val.items()]
+        dataset = WholeImages(
+            readers, short_side=min(self.config.crop_size), multiple=self.patch_size, limit=self.limit_val
+        )
+        assert self.trainer is not None
+        # Every rank takes its own images and none is padded, so the mean is over each image once.
+        indices = range(self.trainer.global_rank, len(dataset), self.trainer.world_size)
+        return self._loader(dataset, sampler=indices, batch_size=None)
+
+    def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:
+        num_workers = self.config.num_workers
+        return DataLoader(
+            dataset,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0 and "batch_sampler" in arguments,
+            pin_memory=torch.cuda.is_available(),
+            # Workers decode; the threads of the main process belong to the model.
+            worker_init_fn=single_thread if num_workers else None,
+            **arguments,
+        )
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if isinstance(batch, Tensor):
+            return batch.to(device, non_blocking=True)
+        if isinstance(batch, dict):
+            return {name: self.transfer_batch_to_device(value, device, dataloader_idx) for name, value in batch.items()}
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Normalise, and CutMix where the loader drew boxes, on the device."""
+        if isinstance(batch, Rejection):
+            return batch
+        for part in [batch] if "image" in batch else batch.values():
+            part["image"] = normalize(part["image"])
+        if "unlabeled" in batch and self.config.augment.cutmix:
+            batch["unlabeled"]["cutmix_region"] = cutmix(batch["unlabeled"])
+        return batch
+
+
+class WholeImages(Dataset):
+    """Every image of some data sets once, uncropped, as a `Batch` of one; a `Rejection` where the sample is broken."""
+
+    def __init__(self, readers: list[DatasetReader], *, short_side: int, multiple: int, limit: int | None = None) -> None:
+        self.readers = readers
+        self.short_side = short_side
+        self.multiple = multiple
+        self.places = [place for reader in enumerate(readers) for place in spread(every_place(*reader), limit)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Batch | Rejection:
+        dataset, shard, sample = self.places[index]
+        reader = self.readers[dataset]
+        try:
+            return collate([reader.read_whole(shard, sample, short_side=self.short_side, multiple=self.multiple)])
+        except SampleError as error:
+            return reader.rejection(shard, sample, error)
+
+
+def every_place(dataset: int, reader: DatasetReader) -> list[tuple[int, int, int]]:
+    """(data set, shard, sample) of every sample of a reader."""
+    return [(dataset, shard, sample) for shard, size in enumerate(reader.shard_sizes) for sample in range(size)]
+
+
+def spread(places: list[tuple[int, int, int]], limit: int | None) -> list[tuple[int, int, int]]:
+    """At most `limit` of `places`, evenly spread; all for None."""
+    if limit is None or limit >= len(places):
+        return places
+    return [places[i * len(places) // limit] for i in range(limit)]
+
+
+def build_streams(config: DataConfig, target_kind: Kind | None, seed: int) -> dict[str, Stream]:
+    """The training streams that have data sets, by name."""
+    streams = {}
+    for name, images_per_step in config.images_per_step().items():
+        group: Mapping[str, DatasetConfig] = getattr(config, name)
+        if group:
+            streams[name] = Stream(
+                name,
+                [DatasetReader(key, dataset, target_kind) for key, dataset in group.items()],
+                [dataset.weight for dataset in group.values()],
+                images_per_step=images_per_step,
+                crop_size=(config.crop_size[0], config.crop_size[1]),
+                augment=config.augment if name == "unlabeled" else flip_only(config.augment),
+                seed=seed,
+                shuffle_block=config.shuffle_block,
+            )
+    return streams
+
+
+def flip_only(augment: AugmentConfig) -> AugmentConfig:
+    """What labeled images get: the horizontal flip and nothing else (V1 section 4)."""
+    return AugmentConfig(horizontal_flip=augment.horizontal_flip)
+
+
+def render_missing(group: Mapping[str, DatasetConfig]) -> None:
+    """Render the procedural data sets of `group` that are not on disk yet."""
+    for dataset in group.values():
+        if dataset.world is not None:
+            world = WorldSpec(**{**asdict(dataset.world), "size": tuple(dataset.world.size)})
+            write_world(Path(dataset.manifest).parent, world)
+
+
+def single_thread(worker: int) -> None:
+    import cv2
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)

@@ -1,0 +1,148 @@
+"""One data set as training and validation see it: shards, their labels, and the choices of `DatasetConfig`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from depthkit.config import ConfigError, DatasetConfig
+from depthkit.data.decode import decode_image, decode_target, image_size, target_size
+from depthkit.data.manifest import Manifest, TargetSpec, load_manifest
+from depthkit.data.quarantine import SampleError
+from depthkit.data.shards import RawSample, ShardReader, image_member
+from depthkit.data.windows import Window, crop_image, full_window, inference_size, jpeg_reduction, target_grid
+from depthkit.types import Kind, Rejection, Sample
+
+
+class DatasetReader:
+    """Reads samples of one data set with targets in `kind`.
+
+    Labels come from the data set's own shards or, with `config.labels`, from a pseudo-label set whose shards belong one
+    for one to the image shards. With `kind` None only images are read and every target is empty of supervision.
+    """
+
+    def __init__(self, name: str, config: DatasetConfig, kind: Kind | None) -> None:
+        self.name = name
+        self.kind = kind
+        self.depth_range = config.depth_range
+        path = Path(config.manifest)
+        self.manifest = load_manifest(path)
+        self.images = ShardReader(self.manifest, path.parent)
+        self.labels: ShardReader | None = None
+        if config.labels is not None:
+            labels = load_manifest(Path(config.labels))
+            check_labels_belong(labels, self.manifest, Path(config.labels), path)
+            self.labels = ShardReader(labels, Path(config.labels).parent)
+        labeled = self.manifest if self.labels is None else self.labels.manifest
+        self.target = None if kind is None else usable_target(labeled, name, kind)
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        return [shard.num_samples for shard in self.manifest.shards]
+
+    def read(self, shard: int, index: int, choose_window: Callable[[tuple[int, int]], Window]) -> Sample:
+        """The sample cropped to the window that `choose_window` picks for the image's (height, width)."""
+        raw = self.images.read(shard, index)
+        data = image_member(raw.members)
+        size = image_size(data)
+        window = choose_window(size)
+        # The label first: it is where most samples are broken, and its decode is the cheaper one to have done in vain.
+        target, valid_mask = self._target(raw, shard, index, size, window)
+        image = crop_image(decode_image(data, reduce=jpeg_reduction(window)), window, size)
+        return Sample(image=image, target=target, valid_mask=valid_mask, key=raw.key, dataset=self.name)
+
+    def read_whole(self, shard: int, index: int, *, short_side: int, multiple: int) -> Sample:
+        """The whole image at the size a model sees it, and the target at its own size, untouched."""
+        raw = self.images.read(shard, index)
+        data = image_member(raw.members)
+        size = image_size(data)
+        window = full_window(size, inference_size(size, short_side, multiple))
+        target, valid_mask = self._target(raw, shard, index, size, None)
+        image = crop_image(decode_image(data), window, size)
+        return Sample(image=image, target=target, valid_mask=valid_mask, key=raw.key, dataset=self.name)
+
+    def rejection(self, shard: int, index: int, error: SampleError) -> Rejection:
+        """What the quarantine list says of this sample. The key may be unknown when the shard itself is broken."""
+        try:
+            key = self.images.keys(shard)[index]
+        except SampleError:
+            key = f"sample {index}"
+        path = self.images.root / self.manifest.shards[shard].path
+        return Rejection(dataset=self.name, shard=str(path), key=key, reason=str(error))
+
+    def _target(
+        self, raw: RawSample, shard: int, index: int, size: tuple[int, int], window: Window | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Target and mask of an image of `size` under `window`, or whole."""
+        if self.target is None or self.kind is None:
+            shape = size if window is None else window.size
+            return np.zeros(shape, np.float32), np.zeros(shape, bool)
+        label = self._label(raw, shard, index)
+        stored = label.members[self.target.extension]
+        label_size = target_size(stored, self.target.codec)
+        if self.labels is None:
+            check_same_view(label_size, size)
+        rows, cols = (None, None) if window is None else target_grid(window, size, label_size)
+        facts = json.loads(label.members.get("json", b"{}"))
+        sky = label.members.get("sky.png")
+        target, valid_mask = decode_target(stored, self.target, facts, self.kind, rows=rows, cols=cols, sky=sky)
+        if self.depth_range is not None:
+            valid_mask &= within_range(target, self.kind, self.depth_range)
+            target[~valid_mask] = 0
+        return target, valid_mask
+
+    def _label(self, raw: RawSample, shard: int, index: int) -> RawSample:
+        """The sample that holds the label: the image's own, or the one at the same place of the pseudo-label set."""
+        if self.labels is None:
+            return raw
+        label = self.labels.read(shard, index)
+        if label.key != raw.key:
+            raise SampleError(f"the pseudo-label at this place is of {label.key!r}; label the shard again")
+        return label
+
+
+def check_same_view(label_size: tuple[int, int], image_size: tuple[int, int]) -> None:
+    """SampleError unless the label can show what the image shows: its size, or smaller with the same aspect."""
+    (height, width), (image_height, image_width) = label_size, image_size
+    same_aspect = abs(height * image_width - width * image_height) <= 0.02 * width * image_height
+    if not same_aspect or height > image_height or width > image_width:
+        raise SampleError(f"label of {height}x{width} pixels for an image of {image_height}x{image_width}: not one view")
+
+
+def within_range(target: np.ndarray, kind: Kind, depth_range: list[float]) -> np.ndarray:
+    """Mask of the pixels whose depth lies in [low, high] metres. Sky (disparity 0) has no depth to judge and stays."""
+    low, high = depth_range
+    if kind == "depth":
+        return (target >= low) & (target <= high)
+    return (target == 0) | ((target * low <= 1) & (target * high >= 1))
+
+
+def usable_target(manifest: Manifest, name: str, kind: Kind) -> TargetSpec:
+    """The target of `manifest` if it can give `kind`; ConfigError otherwise."""
+    target = manifest.target
+    if target is None:
+        raise ConfigError(
+            f"data set {name!r} ({manifest.name}, {manifest.split}) holds images without labels; "
+            "give its pseudo-labels as labels=PATH/manifest.json"
+        )
+    if not target.aligned:
+        raise ConfigError(f"data set {name!r} ({manifest.name}): its labels are not registered to its images")
+    if kind == "depth" and not target.metric:
+        raise ConfigError(
+            f"data set {name!r} ({manifest.name}): {target.quantity} without a unit (metric: false) cannot give depth in "
+            "metres; use it for a stage that learns disparity"
+        )
+    return target
+
+
+def check_labels_belong(labels: Manifest, images: Manifest, labels_path: Path, images_path: Path) -> None:
+    """ConfigError unless `labels` are pseudo-labels of exactly these images."""
+    made_from = labels.labels_of
+    if made_from is None:
+        raise ConfigError(f"{labels_path} is not a pseudo-label set: it does not say which images it labels")
+    if made_from.images_digest != images.digest():
+        raise ConfigError(
+            f"{labels_path} labels {made_from.images!r} with digest {made_from.images_digest[:12]}, but {images_path} is "
+            f"{images.name!r} with digest {images.digest()[:12]}: label these images, or name the right manifest"
+        )

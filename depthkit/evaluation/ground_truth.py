@@ -1,0 +1,114 @@
+"""Reading a data set for evaluation: whole images and their ground truth, both at their own size, and scoring one."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from depthkit.config import DepthUnit, ProtocolConfig
+from depthkit.data.decode import decode_image, decode_target
+from depthkit.data.manifest import TargetSpec, load_manifest
+from depthkit.data.quarantine import SampleError
+from depthkit.data.shards import ShardReader, image_member
+from depthkit.evaluation.protocols import MIN_PIXELS, Comparison, compare, evaluated_pixels, score
+from depthkit.geometry import reciprocal
+from depthkit.types import Prediction, Rejection
+
+
+class Case(NamedTuple):
+    """One image, (H, W, 3) uint8 RGB, and its ground truth, (h, w): planar z, in metres if the data set is metric."""
+
+    image: np.ndarray
+    depth: np.ndarray
+    valid_mask: np.ndarray
+
+
+class EvaluationSet:
+    """A labeled data set, read image by image. `name` is NAME/SPLIT of its manifest."""
+
+    def __init__(self, manifest: Path) -> None:
+        self.manifest = load_manifest(manifest)
+        self.reader = ShardReader(self.manifest, manifest.parent)
+        self.name = f"{self.manifest.name}/{self.manifest.split}"
+
+    def refusal(self, protocol: ProtocolConfig) -> str | None:
+        """Why this data set cannot be evaluated with `protocol`; None if it can."""
+        target = self.manifest.target
+        if target is None:
+            return "it has no ground truth"
+        if not target.aligned:
+            return "its labels are not registered to its images"
+        if target.quantity == "disparity":
+            return "its labels are disparity up to scale and shift, from which no depth follows"
+        if target.quantity == "stereo_disparity_px" and not target.metric:
+            return "its stereo disparity has no calibration, so its depth is unknown"
+        if not target.metric and protocol.unit is DepthUnit.metres:
+            return (
+                f"the unit of its depth is unknown, so the range of {protocol.name} in metres does not apply; "
+                "use protocol=affine_disparity_relative"
+            )
+        return None
+
+    def keys(self, shard: int) -> list[str]:
+        return self.reader.keys(shard)
+
+    def read(self, shard: int, index: int) -> Case:
+        """The image and the ground truth; SampleError when either is broken or they do not show the same view."""
+        target = self.manifest.target
+        assert target is not None, "refusal() says so before"
+        members = self.reader.read(shard, index).members
+        image = decode_image(image_member(members))
+        depth, valid_mask = _depth(members, target)
+        _check_aspect(image, depth)
+        return Case(image, depth, valid_mask)
+
+    def rejection(self, shard: int, key: str, reason: str) -> Rejection:
+        return Rejection(dataset=self.name, shard=self.manifest.shards[shard].path, key=key, reason=reason)
+
+
+def check_enough_pixels(case: Case, protocol: ProtocolConfig) -> None:
+    """SampleError unless `MIN_PIXELS` pixels lie inside the protocol's range and crop."""
+    num_pixels = int(evaluated_pixels(_tensor(case.depth), _tensor(case.valid_mask), protocol)[1].sum())
+    if num_pixels < MIN_PIXELS:
+        raise SampleError(f"only {num_pixels} pixels of ground truth inside the protocol's range, {MIN_PIXELS} needed")
+
+
+def score_case(case: Case, prediction: Prediction, protocol: ProtocolConfig) -> dict[str, float]:
+    """The protocol's metrics of one image."""
+    maps = (_tensor(prediction.values), _tensor(case.depth), _tensor(case.valid_mask))
+    return {name: value.item() for name, value in score(*maps, protocol, prediction.kind).items()}
+
+
+def compare_case(case: Case, prediction: Prediction, protocol: ProtocolConfig) -> Comparison:
+    """`protocols.compare` for one image, (1, H, W) each."""
+    maps = (_tensor(prediction.values), _tensor(case.depth), _tensor(case.valid_mask))
+    return compare(*maps, protocol, prediction.kind)
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))[None]
+
+
+def _depth(members: dict[str, bytes], target: TargetSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Depth and mask. Depth of unknown unit is read as disparity, which decode gives for it, and inverted back."""
+    data, facts = members[target.extension], _facts(members)
+    if target.metric:
+        return decode_target(data, target, facts, "depth")
+    disparity, valid_mask = decode_target(data, target, facts, "disparity")
+    return np.where(valid_mask, reciprocal(np.where(valid_mask, disparity, 1)), 0), valid_mask
+
+
+def _facts(members: dict[str, bytes]) -> dict[str, Any]:
+    try:
+        return json.loads(members.get("json", b"{}"))
+    except ValueError as error:
+        raise SampleError(f"unreadable facts (json): {error}") from error
+
+
+def _check_aspect(image: np.ndarray, depth: np.ndarray) -> None:
+    (height, width), (rows, cols) = image.shape[:2], depth.shape
+    if abs(rows * width / (cols * height) - 1) > 0.02:
+        raise SampleError(f"label of {rows}x{cols} pixels for an image of {height}x{width}: not the same view")

@@ -1,0 +1,33 @@
+"""Broken samples during training: written down, counted, bounded."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from depthkit.data.quarantine import Quarantine
+from depthkit.types import Batch
+
+
+class QuarantineMonitor(L.Callback):
+    """Records what the loader rejected, into one file for each rank, and stops the run beyond the budget."""
+
+    def __init__(self, folder: Path, *, max_fraction: float) -> None:
+        self.folder = folder
+        self.max_fraction = max_fraction
+        self.quarantine: Quarantine | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        path = self.folder / f"rank-{trainer.global_rank:05d}.jsonl"
+        self.quarantine = Quarantine(path, max_fraction=self.max_fraction)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Batch], batch_idx: int
+    ) -> None:
+        assert self.quarantine is not None
+        for part in batch.values():
+            self.quarantine.record(len(part["key"]), part["rejections"])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.quarantine is not None and self.quarantine.num_rejected:
+            L.pytorch.utilities.rank_zero_warn(self.quarantine.summary())

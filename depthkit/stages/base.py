@@ -1,0 +1,76 @@
+"""What the training stages share: the model, validation by a protocol, optimizer and schedule. No training step."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from depthkit.config import DepthLoss, OptimConfig, ProtocolConfig, StageConfig
+from depthkit.evaluation.protocols import protocol_id, score
+from depthkit.losses import MapLoss, affine_invariant_loss, gradient_matching_loss, scale_shift_invariant_loss
+from depthkit.models import DepthModel
+from depthkit.optim import build_optimizer, linear_schedule, parameter_groups
+from depthkit.types import Batch, ModelOutput, Rejection
+
+
+class DepthModule(L.LightningModule):
+    """Base of the stages. Each stage is one subclass with one `training_step`; nothing here calls into a stage."""
+
+    def __init__(self, model: DepthModel, stage: StageConfig, optim: OptimConfig, protocol: ProtocolConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.stage = stage
+        self.optim = optim
+        self.protocol = protocol
+        self.val_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in protocol.metrics})
+
+    def forward(self, image: Tensor) -> ModelOutput:
+        return self.model(image)
+
+    def weigh(self, parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+        """The weighted mean of the named losses, each logged as `loss/NAME` and the total as `loss`."""
+        total = sum(weights[name] * value for name, value in parts.items()) / sum(weights[name] for name in parts)
+        self.log_dict({f"loss/{name}": value.detach() for name, value in parts.items()})
+        self.log("loss", total.detach(), prog_bar=True)
+        return total
+
+    def validation_step(self, batch: Batch | Rejection, batch_idx: int) -> None:
+        """Metrics of whole images in depth, after the alignment that the protocol names."""
+        if isinstance(batch, Rejection):
+            return
+        prediction = self(batch["image"]).values
+        for name, value in score(prediction, batch["target"], batch["valid_mask"], self.protocol).items():
+            self.val_metrics[name].update(value)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, metric in self.val_metrics.items():
+            self.log(f"val/{protocol_id(self.protocol)}/{name}", metric)
+        self.log("val/abs_rel", self.val_metrics["abs_rel"], prog_bar=True, logger=False)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = build_optimizer(parameter_groups(self.model, self.model.encoder, self.optim), self.optim)
+        schedule = linear_schedule(optimizer, self.optim, num_steps=int(self.trainer.max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def supervised_loss(kind: DepthLoss, *, gradient_matching_weight: float = 0.0, drop_fraction: float = 0.0) -> MapLoss:
+    """`loss + gradient_matching_weight * gradient matching`, one value per image.
+
+    `drop_fraction` of the largest residuals is left out of the first term; V2 does not say that it trims the second.
+    """
+    base = {
+        DepthLoss.affine_invariant: partial(affine_invariant_loss, drop_fraction=drop_fraction),
+        DepthLoss.scale_shift_invariant: partial(scale_shift_invariant_loss, trim_fraction=drop_fraction),
+    }[kind]
+    if gradient_matching_weight == 0:
+        return base
+
+    def loss(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+        gradient = gradient_matching_loss(prediction, target, valid_mask)
+        return base(prediction, target, valid_mask) + gradient_matching_weight * gradient
+
+    return loss

@@ -1,0 +1,22 @@
+"""Stage 1: a teacher on labeled mixes."""
+
+from torch import Tensor
+
+from depthkit.config import OptimConfig, ProtocolConfig, TeacherConfig
+from depthkit.models import DepthModel
+from depthkit.stages.base import DepthModule, supervised_loss
+from depthkit.types import Batch
+
+
+class TeacherModule(DepthModule):
+    """Supervised training on labeled images (V1: affine-invariant loss; V2: + 2.0 x gradient matching)."""
+
+    def __init__(self, model: DepthModel, stage: TeacherConfig, optim: OptimConfig, protocol: ProtocolConfig) -> None:
+        super().__init__(model, stage, optim, protocol)
+        self.loss = supervised_loss(stage.loss, gradient_matching_weight=stage.gradient_matching_weight)
+
+    def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor:
+        labeled = batch["labeled"]
+        prediction = self(labeled["image"]).values
+        loss = self.loss(prediction, labeled["target"], labeled["valid_mask"]).mean()
+        return self.weigh({"labeled": loss}, {"labeled": 1.0})

@@ -1,0 +1,243 @@
+"""The entry of every stage: compose -> validate -> build -> fit or predict."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+from lightning.pytorch.loggers import Logger
+from omegaconf import OmegaConf
+
+from depthkit.bundle import BundleFacts, load_encoder_weights, save_bundle
+from depthkit.checks import num_steps, patch_size, validate
+from depthkit.config import (
+    ConfigError,
+    PretrainConfig,
+    PseudoLabelConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from depthkit.data.datamodule import DepthDataModule
+from depthkit.data.manifest import load_manifest
+from depthkit.files import atomic_write
+from depthkit.hydra_entry import hydra_main
+from depthkit.label import label
+from depthkit.models import DepthModel, build_encoder, build_model
+from depthkit.runtime.checkpoint import newest_checkpoint
+from depthkit.runtime.quarantine import QuarantineMonitor
+from depthkit.stages.pretrain import PretrainModule
+from depthkit.stages.student import StudentModule
+from depthkit.stages.teacher import TeacherModule
+
+MAY_DIFFER_ON_RESUME = (
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.val_check_interval",
+    "trainer.limit_val_batches",
+    "trainer.log_every_n_steps",
+    "trainer.enable",
+    "data.num_workers",
+    "data.quarantine_budget",
+    "data.val",
+    "logger",
+    "callbacks",
+    "resume",
+)
+"""Settings that change neither the batches nor the mathematics."""
+
+
+def main(argv: list[str]) -> int:
+    return hydra_main("train", argv, run)
+
+
+def run(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | None:
+    """Run one stage; returns the validation AbsRel (what a sweep minimises), None for a stage without it."""
+    validate(config)
+    if isinstance(config.stage, PseudoLabelConfig):
+        label(config)
+        return None
+    return fit(config, callbacks)
+
+
+def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | None:
+    """Train from the newest checkpoint or from the start, and write the model to `run_dir/bundle`.
+
+    `callbacks` are added to those of the config.
+    """
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    run_dir = Path(config.run_dir)
+    config.trainer.max_steps = num_steps(config)
+    checkpoint = resume_point(config)
+    keep_settings(config, run_dir / "config.yaml", resumed=checkpoint is not None)
+
+    module = STAGES[type(config.stage)](config)
+    data = DepthDataModule(
+        config.data,
+        seed=config.seed,
+        num_steps=config.trainer.max_steps * config.trainer.accumulate_grad_batches,
+        patch_size=patch_size(config.model),
+        target_kind=None if isinstance(config.stage, PretrainConfig) else "disparity",
+        limit_val=config.trainer.limit_val_batches,
+    )
+    trainer = build_trainer(config, callbacks)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
+    if trainer.global_step < config.trainer.max_steps:
+        return None  # stopped early: the checkpoints are there, the bundle comes with the last step
+    metrics = {}
+    if config.data.val and not isinstance(module, PretrainModule):
+        (metrics,) = trainer.validate(module, data, verbose=False)
+    if trainer.is_global_zero:
+        write_bundle(config, module, metrics)
+    trainer.strategy.barrier("bundle")
+    return metrics.get("val/abs_rel")
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+def build_pretrain(config: TrainConfig) -> L.LightningModule:
+    assert isinstance(config.stage, PretrainConfig)
+    return PretrainModule(build_encoder(config.model), config.stage, config.optim, seed=config.seed)
+
+
+def build_teacher(config: TrainConfig) -> L.LightningModule:
+    assert isinstance(config.stage, TeacherConfig)
+    return TeacherModule(build_initialised_model(config), config.stage, config.optim, config.protocol)
+
+
+def build_student(config: TrainConfig) -> L.LightningModule:
+    assert isinstance(config.stage, StudentConfig)
+    model = build_initialised_model(config)
+    frozen_encoder = copy.deepcopy(model.encoder) if config.stage.feature_weight > 0 else None
+    return StudentModule(model, frozen_encoder, config.stage, config.optim, config.protocol)
+
+
+STAGES = {PretrainConfig: build_pretrain, TeacherConfig: build_teacher, StudentConfig: build_student}
+
+
+def build_initialised_model(config: TrainConfig) -> DepthModel:
+    """The model with a fresh decoder and the encoder weights that the stage starts from."""
+    weights = config.stage.encoder_weights
+    model = build_model(config.model, pretrained_encoder=weights == "timm")
+    if weights not in (None, "timm"):
+        load_encoder_weights(model.encoder, Path(str(weights)))
+    return model
+
+
+# --- trainer ---------------------------------------------------------------------------------------------------------
+
+
+def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    """The Trainer of the config. Steps are its only clock: one "epoch" is the whole run."""
+    run_dir = Path(config.run_dir)
+    loggers: list[Logger] = [hydra.utils.instantiate(logger) for logger in config.logger.values()]
+    settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    for logger in loggers:
+        logger.log_hyperparams(settings)  # type: ignore[arg-type]
+    arguments = asdict(config.trainer)
+    interval = arguments.pop("val_check_interval") or config.trainer.max_steps + 1
+    arguments.pop("limit_val_batches")  # counted in images per data set, by the data module
+    return hydra.utils.instantiate(
+        arguments,
+        _convert_="all",
+        logger=loggers,
+        callbacks=[
+            QuarantineMonitor(run_dir / "quarantine", max_fraction=config.data.quarantine_budget),
+            *(hydra.utils.instantiate(callback) for callback in config.callbacks.values()),
+            *callbacks,
+        ],
+        max_epochs=1,
+        val_check_interval=interval * config.trainer.accumulate_grad_batches,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        default_root_dir=run_dir,
+    )
+
+
+# --- files of a run --------------------------------------------------------------------------------------------------
+
+
+def resume_point(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, by `config.resume`."""
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return newest_checkpoint(Path(config.run_dir) / "checkpoints")
+    path = Path(config.resume)
+    if not path.exists():
+        raise ConfigError(f"resume={config.resume}: no such checkpoint; give auto, never or the path of one")
+    return path
+
+
+def keep_settings(config: TrainConfig, path: Path, *, resumed: bool) -> None:
+    """Write the settings of the run down; ConfigError if it goes on from a checkpoint that others made."""
+    settings = OmegaConf.to_yaml(OmegaConf.structured(config))
+    if resumed and path.exists():
+        before, now = flatten(OmegaConf.load(path)), flatten(OmegaConf.create(settings))
+        different = [
+            f"{key}: was {before.get(key)}, is {now.get(key)}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not key.startswith(MAY_DIFFER_ON_RESUME)
+        ]
+        if different:
+            raise ConfigError(
+                f"{path.parent} holds a run with other settings:\n  " + "\n  ".join(different) + "\n"
+                "Choose another run_name, or resume=never to start over in the same folder"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(settings.encode())
+
+
+def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if OmegaConf.is_dict(value) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_bundle(config: TrainConfig, module: L.LightningModule, metrics: dict[str, float]) -> None:
+    """The stage's result: model, settings, and where it comes from."""
+    is_encoder = isinstance(module, PretrainModule)
+    facts = BundleFacts(
+        content="encoder" if is_encoder else "depth_model",
+        model=config.model,
+        kind="disparity",
+        short_side=min(config.data.crop_size),
+        provenance={
+            "stage": config.stage.name,
+            "run_name": config.run_name,
+            "seed": config.seed,
+            "steps": config.trainer.max_steps,
+            "data": provenance_of_data(config),
+            "encoder_weights": config.stage.encoder_weights,
+            "metrics": metrics,
+        },
+    )
+    save_bundle(Path(config.run_dir) / "bundle", module.encoder if is_encoder else module.model, facts)
+
+
+def provenance_of_data(config: TrainConfig) -> dict[str, Any]:
+    """Manifest name, digest and licence of everything the model was trained on, and the teacher of its pseudo-labels."""
+    rows = {}
+    for stream in ("labeled", "unlabeled"):
+        for name, dataset in getattr(config.data, stream).items():
+            manifest = load_manifest(Path(dataset.manifest))
+            row = {"name": manifest.name, "split": manifest.split, "digest": manifest.digest(), "licence": manifest.licence}
+            if dataset.labels is not None:
+                labels = load_manifest(Path(dataset.labels))
+                row["labels_digest"] = labels.digest()
+                row["teacher_sha256"] = labels.labels_of.teacher_sha256 if labels.labels_of else ""
+            rows[f"{stream}.{name}"] = row
+    return rows
