@@ -133,6 +133,8 @@ def test_an_empty_crop_of_a_good_label_is_no_error() -> None:
     target, valid_mask = decode_target(npy(stored), make_spec(), {}, "disparity", rows=crop, cols=crop)
     assert not valid_mask.any()
     assert not target.any()
+    only_sky = save((stored > 0).astype(np.uint8), "PNG")
+    decode_target(npy(np.zeros((4, 4))), make_spec(), {}, "disparity", rows=crop, cols=crop, sky=only_sky)
 
 
 @pytest.mark.parametrize("kind", ["depth", "disparity"])
