@@ -1,8 +1,9 @@
 """One data set as training and validation see it: shards, their labels, and the choices of `DatasetConfig`."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +85,7 @@ class DatasetReader:
         if self.labels is None:
             check_same_view(label_size, size)
         rows, cols = (None, None) if window is None else target_grid(window, size, label_size)
-        facts = json.loads(label.members.get("json", b"{}"))
+        facts = read_facts(label.members)
         sky = label.members.get("sky.png")
         target, valid_mask = decode_target(stored, self.target, facts, self.kind, rows=rows, cols=cols, sky=sky)
         if self.depth_range is not None:
@@ -100,6 +101,17 @@ class DatasetReader:
         if label.key != raw.key:
             raise SampleError(f"the pseudo-label at this place is of {label.key!r}; label the shard again")
         return label
+
+
+def read_facts(members: Mapping[str, bytes]) -> dict[str, Any]:
+    """The sample's `KEY.json`, empty when there is none; SampleError when it is not a JSON object."""
+    try:
+        facts = json.loads(members.get("json", b"{}"))
+    except ValueError as error:
+        raise SampleError(f"KEY.json is not JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise SampleError(f"KEY.json holds {type(facts).__name__}, not an object of facts")
+    return facts
 
 
 def check_same_view(label_size: tuple[int, int], image_size: tuple[int, int]) -> None:
