@@ -128,11 +128,12 @@ def picture_grid(rows: Sequence[PictureRow], *, tile_width: float = TILE_WIDTH) 
     """
     heights = [tile_width * row.tiles[0].image.shape[0] / row.tiles[0].image.shape[1] for row in rows]
     width = max(len(row.tiles) * (tile_width + GAP) + len(row.scales) * BAR_COLUMN for row in rows) + GAP
-    height = sum(heights) + len(rows) * (TITLE_HEIGHT + GAP) + GAP
+    title_heights = [TITLE_HEIGHT if any(tile.title for tile in row.tiles) else 0 for row in rows]
+    height = sum(heights) + sum(title_heights) + (len(rows) + 1) * GAP
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    top = height
-    for row, tile_height in zip(rows, heights, strict=True):
-        top -= TITLE_HEIGHT
+    top = height - GAP
+    for row, tile_height, title_height in zip(rows, heights, title_heights, strict=True):
+        top -= title_height
         _draw_row(figure, row, top, tile_width, tile_height)
         top -= tile_height + GAP
     return figure
