@@ -297,8 +297,8 @@ class ProtocolConfig:
 class EvaluateConfig:
     """`depthkit evaluate model=A,B dataset=MANIFEST,... protocol=NAME out=DIR`."""
 
-    model: list[str] = MISSING  # bundle folders
-    dataset: list[str] = MISSING  # manifests with ground truth
+    models: list[str] = MISSING  # bundle folders
+    datasets: list[str] = MISSING  # manifests with ground truth
     protocol: ProtocolConfig = MISSING
     out: str = "runs/evaluate"
     num_pictures: int = 8  # images shown in the report

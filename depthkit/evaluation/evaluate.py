@@ -52,7 +52,10 @@ def _score(model: str, predictor: Predictor, case: Case, key: str, protocol: Pro
     prediction = predictor.predict(case.image)
     if not np.isfinite(prediction.values).all():
         raise ValueError(f"model {model}: its prediction for {key} is not finite; it cannot be evaluated")
-    return score_case(case, prediction, protocol)
+    try:
+        return score_case(case, prediction, protocol)
+    except ValueError as error:
+        raise ValueError(f"model {model}: {error}") from error
 
 
 def usable_datasets(manifests: Sequence[Path], protocol: ProtocolConfig) -> tuple[list[EvaluationSet], list[Rejection]]:
@@ -111,12 +114,15 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def as_lists(overrides: Sequence[str]) -> list[str]:
-    """`model=A,B` as `model=["A", "B"]`: Hydra would read the comma as a sweep."""
+    """`model=A,B` as `models=["A", "B"]`, `dataset=` alike.
+
+    Hydra would read the comma as a sweep, and `model` and `dataset` as the config groups that training chooses from.
+    """
     listed = []
     for override in overrides:
-        key, equals, value = override.partition("=")
-        is_plain = equals and key in ("model", "dataset") and not value.startswith("[")
-        listed.append(f"{key}={json.dumps(value.split(','), ensure_ascii=False)}" if is_plain else override)
+        key, _, value = override.partition("=")
+        is_plain = key in ("model", "dataset")
+        listed.append(f"{key}s={json.dumps(value.split(','), ensure_ascii=False)}" if is_plain else override)
     return listed
 
 
@@ -126,9 +132,9 @@ def main(argv: list[str]) -> int:
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate, write everything to `config.out` and print the means."""
-    names = short_names(config.model)
-    predictors = {name: load(path, config.device) for name, path in zip(names, config.model, strict=True)}
-    evaluation = evaluate(predictors, [Path(path) for path in config.dataset], config.protocol)
+    names = short_names(config.models)
+    predictors = {name: load(path, config.device) for name, path in zip(names, config.models, strict=True)}
+    evaluation = evaluate(predictors, [Path(path) for path in config.datasets], config.protocol)
     out = Path(config.out)
     save(evaluation, out)
     write_report(evaluation, out, config.num_pictures)
