@@ -1,8 +1,7 @@
 """Reading a data set for evaluation: whole images and their ground truth, both at their own size, and scoring one."""
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from depthkit.config import DepthUnit, ProtocolConfig
 from depthkit.data.decode import decode_image, decode_target
 from depthkit.data.manifest import TargetSpec, load_manifest
 from depthkit.data.quarantine import SampleError
+from depthkit.data.reader import read_facts
 from depthkit.data.shards import ShardReader, image_member
 from depthkit.evaluation.protocols import MIN_PIXELS, Comparison, compare, evaluated_pixels, score
 from depthkit.geometry import reciprocal
@@ -94,18 +94,11 @@ def _tensor(values: np.ndarray) -> Tensor:
 
 def _depth(members: dict[str, bytes], target: TargetSpec) -> tuple[np.ndarray, np.ndarray]:
     """Depth and mask. Depth of unknown unit is read as disparity, which decode gives for it, and inverted back."""
-    data, facts = members[target.extension], _facts(members)
+    data, facts = members[target.extension], read_facts(members)
     if target.metric:
         return decode_target(data, target, facts, "depth")
     disparity, valid_mask = decode_target(data, target, facts, "disparity")
     return np.where(valid_mask, reciprocal(np.where(valid_mask, disparity, 1)), 0), valid_mask
-
-
-def _facts(members: dict[str, bytes]) -> dict[str, Any]:
-    try:
-        return json.loads(members.get("json", b"{}"))
-    except ValueError as error:
-        raise SampleError(f"unreadable facts (json): {error}") from error
 
 
 def _check_aspect(image: np.ndarray, depth: np.ndarray) -> None:
