@@ -8,6 +8,7 @@ from typing import Any
 
 import hydra
 import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 
@@ -149,6 +150,7 @@ def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Tra
         logger=loggers,
         callbacks=[
             QuarantineMonitor(run_dir / "quarantine", max_fraction=config.data.quarantine_budget),
+            *([RichProgressBar(leave=True)] if config.trainer.enable_progress_bar else []),
             *(hydra.utils.instantiate(callback) for callback in config.callbacks.values()),
             *callbacks,
         ],
