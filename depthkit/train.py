@@ -30,6 +30,7 @@ from depthkit.label import label
 from depthkit.models import DepthModel, build_encoder, build_model
 from depthkit.runtime.checkpoint import newest_checkpoint
 from depthkit.runtime.quarantine import QuarantineMonitor
+from depthkit.stages.base import val_name
 from depthkit.stages.pretrain import PretrainModule
 from depthkit.stages.student import StudentModule
 from depthkit.stages.teacher import TeacherModule
@@ -96,7 +97,7 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
     if trainer.is_global_zero:
         write_bundle(config, module, metrics)
     trainer.strategy.barrier("bundle")
-    return metrics.get("val/abs_rel")
+    return metrics.get(val_name(config.protocol, "abs_rel"))
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------

@@ -48,13 +48,17 @@ class DepthModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, metric in self.val_metrics.items():
-            self.log(f"val/{protocol_id(self.protocol)}/{name}", metric)
-        self.log("val/abs_rel", self.val_metrics["abs_rel"], prog_bar=True, logger=False)
+            self.log(val_name(self.protocol, name), metric, prog_bar=name == "abs_rel")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(parameter_groups(self.model, self.model.encoder, self.optim), self.optim)
         schedule = linear_schedule(optimizer, self.optim, num_steps=int(self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def val_name(protocol: ProtocolConfig, metric: str) -> str:
+    """The name of a validation metric in logs, with the protocol that made it."""
+    return f"val/{protocol_id(protocol)}/{metric}"
 
 
 def supervised_loss(kind: DepthLoss, *, gradient_matching_weight: float = 0.0, drop_fraction: float = 0.0) -> MapLoss:
