@@ -86,7 +86,8 @@ class Order:
 
     def _sweep_of(self, position: int) -> int:
         mean = sum(w * n for w, n in zip(self.weights, self.num_samples, strict=True))
-        sweep = max(int(position / mean) - 1, 0)
+        # Below the sweep by up to the rounding of each data set's share.
+        sweep = max(int((position - len(self.weights)) / mean), 0)
         while self.sweep_start(sweep + 1) <= position:
             sweep += 1
         return sweep
