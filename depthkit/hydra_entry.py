@@ -5,10 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from depthkit.config import CONF_DIR, register_schemas, to_config
 from depthkit.data.quarantine import QuarantineBudgetExceeded
+from depthkit.runtime.quiet import keep_back_noise
 
 
 def hydra_main(verb: str, argv: list[str], run: Callable[[Any], Any], *, config_name: str | None = None) -> int:
@@ -17,9 +20,13 @@ def hydra_main(verb: str, argv: list[str], run: Callable[[Any], Any], *, config_
     A mistake in the settings or the input is one message; any other exception keeps its traceback.
     """
     register_schemas()
+    keep_back_noise()
+    script = sys.argv[0]
 
     @hydra.main(config_path=str(CONF_DIR), config_name=config_name or verb, version_base="1.3")
     def entry(cfg: DictConfig) -> Any:
+        # Lightning starts the other ranks of a node by repeating this command.
+        sys.argv = [script, verb, *job_overrides(cfg)]
         try:
             return run(to_config(cfg))
         except (ValueError, OSError, QuarantineBudgetExceeded) as error:
@@ -29,3 +36,13 @@ def hydra_main(verb: str, argv: list[str], run: Callable[[Any], Any], *, config_
     sys.argv = [f"depthkit {verb}", *argv]
     entry()
     return 0
+
+
+def job_overrides(cfg: DictConfig) -> list[str]:
+    """The overrides of this job; one of a sweep gets its own `run_dir`, which is changed in `cfg` too."""
+    job = HydraConfig.get()
+    overrides = list(job.overrides.task)
+    if job.mode is RunMode.MULTIRUN and "run_dir" in cfg:
+        cfg.run_dir = job.runtime.output_dir
+        overrides.append(f"run_dir='{cfg.run_dir}'")
+    return overrides

@@ -10,9 +10,10 @@ import hydra
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
-from depthkit.bundle import BundleFacts, load_encoder_weights, save_bundle
+from depthkit.bundle import BundleFacts, load_encoder_weights, read_facts, save_bundle
 from depthkit.checks import num_steps, patch_size, validate
 from depthkit.config import (
     ConfigError,
@@ -75,8 +76,14 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
     L.seed_everything(config.seed, workers=True, verbose=False)
     run_dir = Path(config.run_dir)
     config.trainer.max_steps = num_steps(config)
+    if config.resume == "never":
+        set_aside(run_dir)
+    finished = config.resume == "auto" and (run_dir / "bundle").is_dir()
     checkpoint = resume_point(config)
-    keep_settings(config, run_dir / "config.yaml", resumed=checkpoint is not None)
+    keep_settings(config, run_dir / "config.yaml", resumed=finished or checkpoint is not None)
+    if finished:
+        print(f"{run_dir / 'bundle'} is there: this run is finished; resume=never trains again in the same folder")
+        return read_facts(run_dir / "bundle").provenance["metrics"].get(val_name(config.protocol, "abs_rel"))
 
     module = STAGES[type(config.stage)](config)
     data = DepthDataModule(
@@ -165,6 +172,16 @@ def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Tra
 
 
 # --- files of a run --------------------------------------------------------------------------------------------------
+
+
+def set_aside(run_dir: Path) -> None:
+    """Move the results of earlier runs in this folder to `before-N`, where no later start takes them for its own."""
+    old = [path for path in (run_dir / "bundle", run_dir / "checkpoints") if path.is_dir()]
+    if old and rank_zero_only.rank == 0:
+        folder = run_dir / f"before-{1 + len(list(run_dir.glob('before-*')))}"
+        folder.mkdir()
+        for path in old:
+            path.rename(folder / path.name)
 
 
 def resume_point(config: TrainConfig) -> Path | None:

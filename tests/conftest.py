@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share. Heavy imports stay inside them: most test files need neither torch nor Lightning."""
 
 import os
 from collections.abc import Callable
@@ -7,14 +7,9 @@ from typing import Any
 
 import hydra
 import pytest
-import torch
 from hydra import initialize_config_dir
 
-from depthkit.bundle import BundleFacts, save_bundle
 from depthkit.config import CONF_DIR, TrainConfig, register_schemas, to_config
-from depthkit.data.procedural import WorldSpec, write_world
-from depthkit.label import label
-from depthkit.models import build_model
 
 Compose = Callable[..., Any]
 
@@ -44,6 +39,8 @@ def compose() -> Compose:
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Procedural data sets of 32 x 40 px in shards of 8: folders source_train (24), source_val (8), target_train (24)."""
+    from depthkit.data.procedural import WorldSpec, write_world
+
     root = tmp_path_factory.mktemp("world")
     for domain, split, num_images in (("source", "train", 24), ("source", "val", 8), ("target", "train", 24)):
         spec = WorldSpec(
@@ -93,6 +90,11 @@ def tiny_config(compose: Compose, tiny_world: Path, tiny_labels: Path) -> Compos
 @pytest.fixture(scope="session")
 def tiny_teacher(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of a tiny model with random weights."""
+    import torch
+
+    from depthkit.bundle import BundleFacts, save_bundle
+    from depthkit.models import build_model
+
     model = compose("stage=pretrain", "data=tiny_pretrain", *TINY_MODEL).model
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("teacher") / "bundle"
@@ -104,6 +106,8 @@ def tiny_teacher(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def tiny_labels(tiny_world: Path, tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory, compose: Compose) -> Path:
     """Manifest of the random teacher's pseudo-labels for target_train."""
+    from depthkit.label import label
+
     out = tmp_path_factory.mktemp("labels")
     images = tiny_world / "target_train" / "manifest.json"
     settings = [f"stage.bundle={tiny_teacher}", f"stage.images={images}", f"stage.out={out}", "stage.num_workers=0"]
