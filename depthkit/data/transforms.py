@@ -42,12 +42,12 @@ def sample_cutmix_box(size: tuple[int, int], config: AugmentConfig, generator: n
     """A CutMix box (top, left, height, width), height 0 for none.
 
     Drawn as UniMatch does, which the authors point to (Depth-Anything issue 240): area share uniform in `cutmix_area`,
-    aspect uniform in `cutmix_aspect` to its inverse, redrawn until it lies inside the image.
+    drawn once; aspect uniform in `cutmix_aspect` to its inverse and place, redrawn until the box lies inside the image.
     """
     if generator.random() >= config.cutmix:
         return (0, 0, 0, 0)
+    area = generator.uniform(*config.cutmix_area) * size[0] * size[1]
     while True:
-        area = generator.uniform(*config.cutmix_area) * size[0] * size[1]
         aspect = generator.uniform(config.cutmix_aspect, 1 / config.cutmix_aspect)
         height, width = int(np.sqrt(area * aspect)), int(np.sqrt(area / aspect))
         top, left = int(generator.integers(size[0])), int(generator.integers(size[1]))
