@@ -75,20 +75,31 @@ def jpeg_reduction(window: Window) -> int:
 def crop_image(image: np.ndarray, window: Window, image_size: tuple[int, int]) -> np.ndarray:
     """Cut `window` out of a decoded image and resize it: (H, W, 3) uint8.
 
-    `image` may have been decoded at a reduced scale; `image_size` is the full size that the window refers to. Area
-    averaging where it shrinks, cubic where it grows or keeps its size.
+    `image` may have been decoded at a reduced scale; `image_size` is the full size that the window refers to.
     """
     scale_y, scale_x = image.shape[0] / image_size[0], image.shape[1] / image_size[1]
     top, left = round(window.top * scale_y), round(window.left * scale_x)
     height, width = max(1, round(window.height * scale_y)), max(1, round(window.width * scale_x))
     crop = image[top : top + height, left : left + width]
     if crop.shape[:2] != window.size:
-        shrinks = crop.shape[0] > window.size[0] and crop.shape[1] > window.size[1]
-        crop = cv2.resize(crop, window.size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+        crop = cv2.resize(crop, window.size[::-1], interpolation=resize_filter(crop.shape, window.size))
     return cv2.flip(crop, 1) if window.flip else np.ascontiguousarray(crop)
 
 
-def target_grid(window: Window, image_size: tuple[int, int], target_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def resize_filter(source: tuple[int, ...], size: tuple[int, int]) -> int:
+    """OpenCV's flag: cubic to enlarge, bilinear to shrink by less than 2, area averaging from there on.
+
+    Below 2, bilinear too reads every source pixel, in a tenth of the time; at 2 the two are the same.
+    """
+    shrink = min(source[0] / size[0], source[1] / size[1])
+    if shrink <= 1:
+        return cv2.INTER_CUBIC
+    return cv2.INTER_LINEAR if shrink < 2 else cv2.INTER_AREA
+
+
+def target_grid(
+    window: Window, image_size: tuple[int, int], target_size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of the label that lie under the pixel centres of the crop (nearest; labels are never blended).
 
     The label may be smaller than the image; both cover the same view.
