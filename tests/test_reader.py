@@ -1,17 +1,15 @@
 """Reading one data set: crops with their labels, and which data sets and samples are refused."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from handmade import DEPTH, DISPARITY, grey_levels, jpeg, labeled_sample, png, unlabeled_sample, write_dataset
+from handmade import DEPTH, grey_levels, jpeg, labeled_sample, png, pseudo_labels, unlabeled_sample, write_dataset
 
 from depthkit.config import ConfigError, DatasetConfig
-from depthkit.data.decode import encode_disparity
-from depthkit.data.manifest import LabelsOf, load_manifest
+from depthkit.data.manifest import load_manifest
 from depthkit.data.quarantine import SampleError
 from depthkit.data.reader import DatasetReader
 from depthkit.data.windows import Window, full_window, random_window
@@ -138,23 +136,6 @@ def test_sky_is_disparity_zero_and_valid_whatever_the_depth_range(tmp_path: Path
 
 
 # Pseudo-labels
-
-
-def pseudo_labels(
-    folder: Path, images: Path, keys: list[str], *, size: tuple[int, int] = SIZE, digest: str = ""
-) -> Path:
-    """A label set for `keys`: disparity falls from 3 at the top to 1 at the bottom."""
-    disparity = np.linspace(3, 1, size[0], dtype=np.float32)[:, None].repeat(size[1], axis=1)
-    code, facts = encode_disparity(disparity)
-    members = {"disparity.png": code, "json": json.dumps(facts).encode()}
-    origin = LabelsOf(
-        images="rooms",
-        images_digest=digest or load_manifest(images).digest(),
-        teacher_sha256="ab" * 32,
-        resolution="32",
-        code_version="1",
-    )
-    return write_dataset(folder, dict.fromkeys(keys, members), DISPARITY, labels_of=origin)
 
 
 @pytest.fixture
