@@ -30,6 +30,7 @@ def validate(config: TrainConfig) -> None:
             check_dataset(f"data.{group}.{name}", dataset, reads_labels=not isinstance(config.stage, PretrainConfig))
     for name, dataset in config.data.val.items():
         check_dataset(f"data.val.{name}", dataset, reads_labels=True)
+    check_validation(config)
 
 
 def check_streams(config: TrainConfig) -> None:
@@ -52,8 +53,12 @@ def check_streams(config: TrainConfig) -> None:
         check(count % world_size == 0, "data.batch_size", config.data.batch_size, allowed)
     per_rank = config.data.images_per_step()["unlabeled"] // world_size
     if config.data.augment.cutmix:
-        check(per_rank % 2 == 0, "data.batch_size", config.data.batch_size, f"such that {per_rank} unlabeled images per "
-              "rank are an even number: CutMix pairs neighbours")
+        check(
+            per_rank % 2 == 0,
+            "data.batch_size",
+            config.data.batch_size,
+            f"such that {per_rank} unlabeled images per rank are an even number: CutMix pairs neighbours",
+        )
 
 
 def check_sizes(config: TrainConfig) -> None:
@@ -79,7 +84,9 @@ def check_dataset(field_name: str, dataset: DatasetConfig, *, reads_labels: bool
     path = Path(dataset.manifest)
     if not path.is_file():
         if dataset.world is None:
-            raise ConfigError(f"{field_name}.manifest={dataset.manifest}: no such file; `depthkit pack` writes manifests")
+            raise ConfigError(
+                f"{field_name}.manifest={dataset.manifest}: no such file; `depthkit pack` writes manifests"
+            )
         return
     if reads_labels:
         images = load_manifest(path)
@@ -98,13 +105,25 @@ def labels_manifest(dataset: DatasetConfig, images: Manifest) -> Manifest:
     return labels
 
 
+def check_validation(config: TrainConfig) -> None:
+    """Every rank has something to validate; Lightning fails in the middle of a run on one that has not."""
+    limit = config.trainer.limit_val_batches
+    images = [num_images(dataset) for dataset in config.data.val.values()]
+    total = sum(count if limit is None else min(count, limit) for count in images)
+    world_size = config.trainer.devices * config.trainer.num_nodes
+    allowed = f"such that the {total} validation images are at least one for each of {world_size} ranks"
+    check(not images or total >= world_size, "trainer.limit_val_batches", limit, allowed)
+
+
 def patch_size(model: ModelConfig) -> int:
     """Pixels on a side of a patch, from `encoder_args` or the timm name, without building the model."""
     if "patch_size" in model.encoder_args:
         return int(model.encoder_args["patch_size"])
     found = re.search(r"patch(\d+)", model.encoder)
     if found is None:
-        raise ConfigError(f"model.encoder={model.encoder}: its name shows no patch size; give model.encoder_args.patch_size")
+        raise ConfigError(
+            f"model.encoder={model.encoder}: its name shows no patch size; give model.encoder_args.patch_size"
+        )
     return int(found[1])
 
 

@@ -51,6 +51,9 @@ MAY_DIFFER_ON_RESUME = (
     "logger",
     "callbacks",
     "resume",
+    "run_dir",
+    "run_name",
+    "paths",
 )
 """Settings that change neither the batches nor the mathematics."""
 
@@ -254,7 +257,12 @@ def provenance_of_data(config: TrainConfig) -> dict[str, Any]:
     for stream in ("labeled", "unlabeled"):
         for name, dataset in getattr(config.data, stream).items():
             manifest = load_manifest(Path(dataset.manifest))
-            row = {"name": manifest.name, "split": manifest.split, "digest": manifest.digest(), "licence": manifest.licence}
+            row = {
+                "name": manifest.name,
+                "split": manifest.split,
+                "digest": manifest.digest(),
+                "licence": manifest.licence,
+            }
             if dataset.labels is not None:
                 labels = load_manifest(Path(dataset.labels))
                 row["labels_digest"] = labels.digest()

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share. Heavy imports stay inside them: most test files need neither torch nor Lightning."""
+"""Fixtures that several test files share. Heavy imports stay inside them: most tests need neither torch nor Lightning."""
 
 import os
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def compose() -> Compose:
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Procedural data sets of 32 x 40 px in shards of 8: folders source_train (24), source_val (8), target_train (24)."""
+    """Procedural data sets of 32 x 40 px in shards of 8: source_train (24 images), source_val (8), target_train (24)."""
     from depthkit.data.procedural import WorldSpec, write_world
 
     root = tmp_path_factory.mktemp("world")
@@ -64,24 +64,34 @@ TINY_MODEL = [
 
 
 @pytest.fixture(scope="session")
-def tiny_config(compose: Compose, tiny_world: Path, tiny_labels: Path) -> Compose:
-    """`tiny_config(stage, run_dir, *overrides)`: a run of six steps of six crops of 32 x 32 with a ViT of width 32."""
+def tiny_settings(tiny_world: Path, tiny_labels: Path) -> Callable[[str, Path], list[str]]:
+    """`tiny_settings(stage, run_dir)`: overrides for six steps of six crops of 32 x 32 with a ViT of width 32."""
+    datasets = {
+        "pretrain": {"unlabeled.source": "source_train", "unlabeled.target": "target_train"},
+        "teacher": {"labeled.source": "source_train", "val.source": "source_val"},
+        "student": {"labeled.source": "source_train", "unlabeled.target": "target_train", "val.source": "source_val"},
+    }
+
+    def settings(stage: str, run_dir: Path) -> list[str]:
+        overrides = [f"stage={stage}", f"data=tiny_{stage}", f"run_dir={run_dir}", "data.crop_size=[32,32]"]
+        overrides += ["data.batch_size=6", "data.num_workers=0", "data.shuffle_block=4", "trainer.max_steps=6"]
+        overrides += ["optim.encoder_lr=1e-3", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1"]
+        overrides += TINY_MODEL
+        for name, folder in datasets[stage].items():
+            overrides += [f"data.{name}.world=null", f"data.{name}.manifest={tiny_world / folder / 'manifest.json'}"]
+        if stage == "student":
+            overrides += [f"data.unlabeled.target.labels={tiny_labels}"]
+        return overrides
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def tiny_config(compose: Compose, tiny_settings: Callable[[str, Path], list[str]]) -> Compose:
+    """`tiny_config(stage, run_dir, *overrides)`: what `tiny_settings` composes."""
 
     def compose_tiny(stage: str, run_dir: Path, *overrides: str) -> TrainConfig:
-        datasets = {
-            "pretrain": {"unlabeled.source": "source_train", "unlabeled.target": "target_train"},
-            "teacher": {"labeled.source": "source_train", "val.source": "source_val"},
-            "student": {"labeled.source": "source_train", "unlabeled.target": "target_train", "val.source": "source_val"},
-        }
-        settings = [f"stage={stage}", f"data=tiny_{stage}", f"run_dir={run_dir}", "data.crop_size=[32,32]"]
-        settings += ["data.batch_size=6", "data.num_workers=0", "data.shuffle_block=4", "trainer.max_steps=6"]
-        settings += ["optim.encoder_lr=1e-3", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1"]
-        settings += TINY_MODEL
-        for name, folder in datasets[stage].items():
-            settings += [f"data.{name}.world=null", f"data.{name}.manifest={tiny_world / folder / 'manifest.json'}"]
-        if stage == "student":
-            settings += [f"data.unlabeled.target.labels={tiny_labels}"]
-        config: TrainConfig = compose(*settings, *overrides)
+        config: TrainConfig = compose(*tiny_settings(stage, run_dir), *overrides)
         return config
 
     return compose_tiny
@@ -104,7 +114,9 @@ def tiny_teacher(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def tiny_labels(tiny_world: Path, tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory, compose: Compose) -> Path:
+def tiny_labels(
+    tiny_world: Path, tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory, compose: Compose
+) -> Path:
     """Manifest of the random teacher's pseudo-labels for target_train."""
     from depthkit.label import label
 
