@@ -1,12 +1,11 @@
 """Our own settings: dataclasses that Hydra composes against, and the checks between them.
 
 YAML in `conf/` chooses values; the fields, types, units and defaults live here. Hydra refuses an unknown key or a wrong
-type while composing; `to_config` then builds the dataclasses, whose `__post_init__` checks ranges, and `validate` checks
+type while composing; `to_config` then builds the dataclasses, whose `__post_init__` checks ranges; `checks.validate` judges
 what two fields say together. All of it happens before any data is opened.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -193,7 +192,7 @@ class StageConfig:
 
 @dataclass(kw_only=True)
 class PretrainConfig(StageConfig):
-    """Masked image modelling of the encoder alone, without labels: stands in for DINOv2 where nothing can be downloaded."""
+    """Masked image modelling of the encoder alone, without labels, for encoders that no published weights exist for."""
 
     name: str = "pretrain"
     mask_ratio: float = 0.6  # share of patches hidden
@@ -209,7 +208,8 @@ class TeacherConfig(StageConfig):
     gradient_matching_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        check(self.gradient_matching_weight >= 0, "stage.gradient_matching_weight", self.gradient_matching_weight, ">= 0")
+        weight = self.gradient_matching_weight
+        check(weight >= 0, "stage.gradient_matching_weight", weight, ">= 0")
 
 
 @dataclass(kw_only=True)
@@ -218,7 +218,7 @@ class PseudoLabelConfig(StageConfig):
     bundle: str = MISSING  # folder of the teacher's bundle
     images: str = MISSING  # manifest of the images
     out: str = MISSING  # folder for label shards and their manifest
-    short_side: int | None = None  # pixels; null = as the teacher was trained; aspect kept, sides multiples of the patch
+    short_side: int | None = None  # pixels; null = as the teacher was trained; aspect kept, multiples of the patch
     batch_size: int = 8  # images of one size per forward pass
     num_workers: int = 4
 
@@ -392,8 +392,22 @@ def register_schemas() -> None:
 
 
 def to_config(cfg: DictConfig) -> Any:
-    """The dataclass that `cfg` was composed against, ranges checked; ConfigError names a value that is missing or wrong."""
+    """The dataclass that `cfg` was composed against; ConfigError names what is missing, unknown or out of range."""
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         raise ConfigError("no value for " + ", ".join(sorted(missing)) + ": give it as KEY=VALUE")
+    unknown = unknown_keys(cfg)
+    if unknown:
+        raise ConfigError("unknown setting " + ", ".join(unknown) + ": `--cfg job` prints those that there are")
     return OmegaConf.to_object(cfg)
+
+
+def unknown_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+    """Keys that no dataclass has: Hydra adds them all the same when they come after a plus sign."""
+    schema = OmegaConf.get_type(cfg)
+    known = {each.name for each in fields(schema)} if is_dataclass(schema) else cfg.keys()
+    unknown = [f"{prefix}{key}" for key in cfg if key not in known]
+    for key in cfg:
+        if OmegaConf.is_dict(cfg[key]):
+            unknown += unknown_keys(cfg[key], f"{prefix}{key}.")
+    return unknown
