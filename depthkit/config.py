@@ -1,8 +1,8 @@
 """Our own settings: dataclasses that Hydra composes against, and the checks between them.
 
 YAML in `conf/` chooses values; the fields, types, units and defaults live here. Hydra refuses an unknown key or a wrong
-type while composing; `to_config` then builds the dataclasses, whose `__post_init__` checks ranges; `checks.validate` says
-what two fields cannot mean together. All of it happens before any data is opened.
+type while composing, the `__post_init__` of the dataclasses checks ranges, and `checks.validate` judges what two fields
+say together. All of it happens before any data is opened.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass

@@ -78,7 +78,7 @@ def test_cfg_job_prints_the_settings_and_opens_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "experiment=tiny_student", "data.batch_size=25"], "ConfigError: data.batch_size=25: must be a multiple"),
+        (["train", "experiment=tiny_student", "data.batch_size=25"], "ConfigError: data.batch_size=25: must be"),
         (["train", "experiment=tiny_teacher", "optim.encoder_rl=1"], "encoder_rl"),
         (["label", "bundle=none"], "no value for stage.images, stage.out"),
         (["label", "bundle=none", "images=none", "out=none"], "none"),

@@ -9,7 +9,7 @@ from depthkit.types import ModelOutput
 
 
 class DepthModel(nn.Module):
-    """Image (B, 3, H, W), sides multiples of the patch, to `ModelOutput`: disparity (B, H, W) >= 0 and final features."""
+    """Image (B, 3, H, W), sides multiples of the patch, to `ModelOutput`: values (B, H, W) >= 0 and final features."""
 
     def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ class DPTDecoder(nn.Module):
     def __init__(self, *, encoder_width: int, features: int, out_channels: Sequence[int], patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        c1, c2, c3, c4 = out_channels
+        c1, c2, _, c4 = out_channels
         self.projects = nn.ModuleList([nn.Conv2d(encoder_width, c, 1) for c in out_channels])
         self.resizes = nn.ModuleList(
             [
@@ -45,10 +45,8 @@ class DPTDecoder(nn.Module):
 
     def forward(self, taps: list[Tensor]) -> Tensor:
         h, w = taps[0].shape[-2:]
-        maps = [
-            to_features(resize(project(tap)))
-            for tap, project, resize, to_features in zip(taps, self.projects, self.resizes, self.to_features, strict=True)
-        ]
+        levels = zip(taps, self.projects, self.resizes, self.to_features, strict=True)
+        maps = [to_features(resize(project(tap))) for tap, project, resize, to_features in levels]
         fused = self.fusions[3](maps[3], None, maps[2].shape[-2:])
         fused = self.fusions[2](fused, maps[2], maps[1].shape[-2:])
         fused = self.fusions[1](fused, maps[1], maps[0].shape[-2:])

@@ -12,25 +12,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 DINOV2_OFFSET = 0.1
-"""Added to the patch grid before the position embedding is interpolated, as DINOv2 was trained (dinov2 vision_transformer.py)."""
+"""Added to the patch grid before the position embedding is interpolated, as in DINOv2's `interpolate_pos_encoding`."""
 
 
 class Encoder(nn.Module):
     """A timm vision transformer with `tap_layers`: the blocks (0-based) whose outputs the decoder reads.
 
     Every tapped output and the final features pass the transformer's last LayerNorm; prefix tokens are dropped.
-    `conv_stem` replaces the linear patch embedding by stride-2 convolutions: small models learn far faster from scratch.
+    `conv_stem` replaces the linear patch embedding by stride-2 convolutions: small models learn far faster with it.
+    ValueError names the encoder, the argument or the tap that does not exist.
     """
 
     def __init__(
-        self, name: str, *, tap_layers: list[int], conv_stem: bool = False, pretrained: bool = False, **encoder_args: Any
+        self,
+        name: str,
+        *,
+        tap_layers: list[int],
+        conv_stem: bool = False,
+        pretrained: bool = False,
+        **encoder_args: Any,
     ) -> None:
         super().__init__()
-        if conv_stem:
-            encoder_args["embed_layer"] = ConvStem
-        self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **encoder_args)
-        if not isinstance(self.vit, VisionTransformer) or self.vit.pos_embed is None:
-            raise ValueError(f"model.encoder={name}: expected a timm vision transformer with learned position embeddings")
+        self.vit = build_vit(
+            name, pretrained=pretrained, **({"embed_layer": ConvStem} if conv_stem else {}), **encoder_args
+        )
         if min(tap_layers) < 0 or max(tap_layers) >= len(self.vit.blocks):
             raise ValueError(f"model.tap_layers={tap_layers}: {name} has blocks 0 to {len(self.vit.blocks) - 1}")
         self.tap_layers = list(tap_layers)
@@ -74,6 +79,20 @@ class Encoder(nn.Module):
         """Block output (B, prefix + h w, D) to a normalised map (B, D, h, w)."""
         patches = self.vit.norm(tokens)[:, self.vit.num_prefix_tokens :]
         return patches.transpose(1, 2).unflatten(2, grid)
+
+
+def build_vit(name: str, **arguments: Any) -> VisionTransformer:
+    """timm's model of this name; ValueError unless it is a vision transformer that takes the arguments."""
+    if not timm.is_model(name):
+        raise ValueError(f"model.encoder={name}: timm {timm.__version__} has no such model")
+    expected = f"model.encoder={name}: expected a timm vision transformer with learned position embeddings"
+    try:
+        vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{expected} that takes model.encoder_args; {error}") from error
+    if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
+        raise ValueError(expected)
+    return vit
 
 
 def interpolate_position_embedding(embedding: Tensor, grid: tuple[int, int], num_prefix: int) -> Tensor:
