@@ -1,7 +1,5 @@
 """`depthkit label bundle=TEACHER images=MANIFEST out=DIR`: pseudo-labels for every image of a data set."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
@@ -15,7 +13,6 @@ from depthkit.config import ConfigError, PseudoLabelConfig, TrainConfig
 from depthkit.data.datamodule import single_thread
 from depthkit.data.labeling import ImageChunks, LabelShards
 from depthkit.data.manifest import LabelsOf, load_manifest
-from depthkit.files import atomic_write
 from depthkit.hydra_entry import hydra_main
 from depthkit.stages.pseudo_label import PseudoLabelModule, WriteLabels
 
@@ -53,7 +50,7 @@ def label(config: TrainConfig) -> Path:
         code_version=depthkit.__version__,
     )
     shards = LabelShards(Path(stage.out), images, origin)
-    writer = WriteLabels(shards)
+    writer = WriteLabels(shards, max_rejected=config.data.quarantine_budget)
     trainer = L.Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
@@ -66,15 +63,15 @@ def label(config: TrainConfig) -> Path:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    mine = shards.pending()[trainer.global_rank :: trainer.world_size]
+    pending = shards.pending()
     chunks = ImageChunks(
         images_path,
-        mine,
+        pending[trainer.global_rank :: trainer.world_size],
         chunk_size=stage.batch_size,
         short_side=short_side,
         multiple=model.encoder.patch_size,
     )
-    if mine:
+    if pending:
         loader = DataLoader(
             chunks,
             batch_size=None,
@@ -84,16 +81,8 @@ def label(config: TrainConfig) -> Path:
         )
         with shards:
             trainer.predict(PseudoLabelModule(model), loader, return_predictions=False)
-    report_rejections(Path(stage.out) / f"rejected.rank-{trainer.global_rank:05d}.jsonl", writer)
     trainer.strategy.barrier("labels")
     if trainer.is_global_zero:
-        print(f"{shards.finish()}: {images.num_samples} images, {writer.num_labels} labeled in this run")
+        done = f"{len(pending)} of {len(images.shards)} shards written in this run"
+        print(f"{shards.finish()}: {images.num_samples} images, {done}")
     return shards.manifest_path
-
-
-def report_rejections(path: Path, writer: WriteLabels) -> None:
-    """Write down the images that could not be labeled, and say how many."""
-    if writer.rejections:
-        with atomic_write(path) as file:
-            file.writelines(json.dumps(asdict(rejection)).encode() + b"\n" for rejection in writer.rejections)
-        print(f"{len(writer.rejections)} images could not be read and have no label: {path}")

@@ -107,8 +107,9 @@ class LabelShards:
     """The folder of a label set: which shards are done, writing the others, and the manifest at the end.
 
     A label shard has the name and the keys of its image shard, and its final name only once it is whole. A sample whose
-    image is broken keeps its place with `KEY.json` alone, which says why. ValueError when the folder holds labels of
-    another teacher, resolution or image set. As a context manager it removes the unfinished shard after an exception.
+    image is broken keeps its place with `KEY.json` alone, which says why. ConfigError when the folder holds labels of
+    another teacher, resolution or image set, or no labels. As a context manager it removes the unfinished shard after
+    an exception.
     """
 
     def __init__(self, folder: Path, images: Manifest, labels_of: LabelsOf) -> None:
@@ -119,13 +120,22 @@ class LabelShards:
         self._writer: ShardWriter | None = None
         self._open = ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
-        keep_origin(folder / "labels_of.json", labels_of)
+        origin = folder / "labels_of.json"
+        if not origin.exists():
+            self._check_free()
+        keep_origin(origin, labels_of)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._open.__exit__(*exception)
+
+    def _check_free(self) -> None:
+        """ConfigError when a file that is no label has the place of one: above all, the folder of the images."""
+        for path in (self.manifest_path, *map(self.path, range(len(self.images.shards)))):
+            if path.exists():
+                raise ConfigError(f"{path} is there, but {self.folder} holds no labels: choose another out=FOLDER")
 
     def path(self, shard: int) -> Path:
         return self.folder / self.images.shards[shard].path
@@ -137,6 +147,7 @@ class LabelShards:
     def write(self, chunk: ImageChunk, disparity: dict[int, np.ndarray]) -> None:
         """Append one chunk's labels, `disparity` by index in the shard; the last chunk of a shard finishes it."""
         if self._writer is None:
+            self.path(chunk.shard).parent.mkdir(parents=True, exist_ok=True)
             self._writer = self._open.enter_context(ShardWriter(self.path(chunk.shard)))
         for index, key in enumerate(chunk.keys, start=chunk.first):
             if index in disparity:
@@ -149,7 +160,7 @@ class LabelShards:
             self._writer = None
 
     def finish(self) -> Path:
-        """Write the manifest; returns its path. ValueError when a shard is missing or has other keys than its images."""
+        """Write the manifest; returns its path. ValueError when a shard is missing or lacks samples."""
         missing = [self.path(shard).name for shard in self.pending()]
         if missing:
             raise ValueError(f"{self.folder}: {len(missing)} label shards are missing, {missing[0]} the first; run again")

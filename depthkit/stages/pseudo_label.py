@@ -5,9 +5,9 @@ import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from depthkit.data.labeling import ImageChunk, LabelShards
+from depthkit.data.quarantine import Quarantine
 from depthkit.data.windows import normalize
 from depthkit.models import DepthModel
-from depthkit.types import Rejection
 
 
 class PseudoLabelModule(L.LightningModule):
@@ -16,9 +16,11 @@ class PseudoLabelModule(L.LightningModule):
     def __init__(self, model: DepthModel) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
+        # With more ranks than shards left some have nothing to do, but all of them must come to the first barrier.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def predict_step(self, batch: ImageChunk, batch_idx: int) -> dict[int, np.ndarray]:
-        disparity = {}
+        disparity: dict[int, np.ndarray] = {}
         for group in batch.groups:
             values = self.model(normalize(group.images.to(self.device))).values.float()
             values = values.masked_fill(group.sky.to(self.device), 0.0)
@@ -30,15 +32,22 @@ class PseudoLabelModule(L.LightningModule):
 
 
 class WriteLabels(BasePredictionWriter):
-    """Hands each chunk's labels to `LabelShards` and keeps what was rejected."""
+    """Hands each chunk's labels to `LabelShards`, and writes down what was rejected, in one file for each rank.
 
-    def __init__(self, shards: LabelShards) -> None:
+    A larger share of rejected images than `max_rejected` ends the run.
+    """
+
+    def __init__(self, shards: LabelShards, *, max_rejected: float) -> None:
         super().__init__(write_interval="batch")
         self.shards = shards
-        self.num_labels = 0
-        self.rejections: list[Rejection] = []
+        self.max_rejected = max_rejected
+        self.quarantine: Quarantine | None = None
 
-    def write_on_batch_end(  # type: ignore[override]
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        path = self.shards.folder / f"rejected.rank-{trainer.global_rank:05d}.jsonl"
+        self.quarantine = Quarantine(path, max_fraction=self.max_rejected)
+
+    def write_on_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
@@ -49,5 +58,9 @@ class WriteLabels(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         self.shards.write(batch, prediction)
-        self.num_labels += len(prediction)
-        self.rejections += batch.rejections.values()
+        assert self.quarantine is not None
+        self.quarantine.record(len(prediction), batch.rejections.values())
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.quarantine is not None and self.quarantine.num_rejected:
+            print(self.quarantine.summary())
