@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import depthkit
-from depthkit.config import ModelConfig
+from depthkit.config import ModelConfig, check
 from depthkit.data.decode import decode_image
 from depthkit.data.quarantine import SampleError
 from depthkit.data.windows import IMAGENET_MEAN, IMAGENET_STD, crop_image, full_window, inference_size, normalize
-from depthkit.models import DepthModel, Encoder, build_encoder, build_model
+from depthkit.models import DepthModel, Encoder, build_model
 from depthkit.types import Kind, Prediction
 
 FORMAT = 1
@@ -52,29 +52,47 @@ class BundleFacts:
     std: tuple[float, ...] = IMAGENET_STD
     provenance: dict[str, Any] = field(default_factory=dict)  # stage, seed, steps, data, teacher, versions
 
+    def __post_init__(self) -> None:
+        check(self.content in ("depth_model", "encoder"), "content", self.content, "depth_model or encoder")
+        check(self.kind in tuple(UNITS), "kind", self.kind, "one of " + ", ".join(UNITS))
+
 
 def save_bundle(folder: Path, module: DepthModel | Encoder, facts: BundleFacts) -> Path:
-    """Write a bundle as a whole: a reader finds the old one or the new one, never a mixture or half."""
+    """Write a bundle as a whole: a reader finds the old one or the new one, never a mixture or half.
+
+    Folders cannot be exchanged in one step everywhere: a process killed between the two renames leaves the old bundle
+    beside the place, as `.NAME.RANDOM.old`.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
     try:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
-        text = {"format": FORMAT, "depthkit": depthkit.__version__, **asdict(facts), "sha256": sha256(temporary / WEIGHTS)}
+        text = {"format": FORMAT, "depthkit": depthkit.__version__, **asdict(facts)}
+        text["sha256"] = sha256(temporary / WEIGHTS)
         (temporary / FACTS).write_text(json.dumps(text, indent=2) + "\n")
         for path in temporary.iterdir():
             sync_to_disk(path)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
+        put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def put_in_place(new: Path, folder: Path) -> None:
+    """Rename the folder `new` to `folder`, in the place of what may be there."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
 
 
 def read_facts(folder: Path) -> BundleFacts:
@@ -85,12 +103,12 @@ def read_facts(folder: Path) -> BundleFacts:
         raise BundleError(f"{folder} is not a bundle: it holds no {FACTS}") from error
     except ValueError as error:
         raise BundleError(f"{folder / FACTS} is not JSON: {error}") from error
-    if text.pop("format", None) != FORMAT:
+    if not isinstance(text, dict) or text.pop("format", None) != FORMAT:
         raise BundleError(f"{folder / FACTS}: this version reads format {FORMAT}; write the bundle again")
     text.pop("depthkit", None)
     try:
         return BundleFacts(**{**text, "model": ModelConfig(**text["model"])})
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise BundleError(f"{folder / FACTS}: {error}") from error
 
 
@@ -125,7 +143,7 @@ def load_model(folder: Path) -> tuple[DepthModel, BundleFacts]:
     """The depth model of a bundle, in eval mode on the CPU."""
     facts = read_facts(folder)
     if facts.content != "depth_model":
-        raise BundleError(f"{folder} holds an {facts.content} alone: it cannot predict; use it as stage.encoder_weights")
+        raise BundleError(f"{folder} holds an encoder alone: it cannot predict; use it as stage.encoder_weights")
     model = build_model(facts.model)
     load_strict(model, read_weights(folder, facts), folder)
     return model.eval(), facts
@@ -169,13 +187,14 @@ class Predictor:
         """
         if isinstance(image, list | tuple):
             return [self._predict_one(item, short_side) for item in image]
-        assert isinstance(image, np.ndarray | str | Path)
+        if not isinstance(image, np.ndarray | str | Path):
+            raise ValueError(f"expected an (H, W, 3) uint8 RGB image or a path, got {type(image).__name__}")
         return self._predict_one(image, short_side)
 
     @torch.inference_mode()
     def _predict_one(self, image: np.ndarray | str | Path, short_side: int | None) -> Prediction:
         pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
-        if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0 or pixels.dtype != np.uint8:
             raise ValueError(f"expected an (H, W, 3) uint8 RGB image, got shape {pixels.shape}, {pixels.dtype}")
         size = (pixels.shape[0], pixels.shape[1])
         model_size = inference_size(size, short_side or self.facts.short_side, self.model.encoder.patch_size)
