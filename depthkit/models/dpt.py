@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 HEAD_WIDTH = 32
-"""Channels before the last 1x1 convolution (Depth Anything dpt.py)."""
+"""Channels before the last 1x1 convolution (Depth Anything dpt.py); a narrower decoder keeps its own width."""
 
 
 class DPTDecoder(nn.Module):
@@ -37,8 +37,9 @@ class DPTDecoder(nn.Module):
         # The coarsest level has nothing to merge with; official checkpoints hold the unit all the same.
         self.fusions[3].merge.requires_grad_(False)
         self.head_in = nn.Conv2d(features, features // 2, 3, padding=1)
+        head_width = min(HEAD_WIDTH, features)
         self.head_out = nn.Sequential(
-            nn.Conv2d(features // 2, HEAD_WIDTH, 3, padding=1), nn.ReLU(), nn.Conv2d(HEAD_WIDTH, 1, 1), nn.ReLU()
+            nn.Conv2d(features // 2, head_width, 3, padding=1), nn.ReLU(), nn.Conv2d(head_width, 1, 1), nn.ReLU()
         )
         # A ReLU output that starts negative everywhere has no gradient and would never learn.
         nn.init.ones_(self.head_out[2].bias)
