@@ -14,8 +14,9 @@ from depthkit.config import (
     TrainConfig,
     check,
 )
-from depthkit.data.manifest import Manifest, load_manifest
-from depthkit.data.reader import check_labels_belong, usable_target
+from depthkit.data.manifest import load_manifest
+from depthkit.data.reader import labels_manifest, usable_target
+from depthkit.types import Kind
 
 
 def validate(config: TrainConfig) -> None:
@@ -25,12 +26,14 @@ def validate(config: TrainConfig) -> None:
     check_streams(config)
     check_sizes(config)
     check_steps(config)
+    kind: Kind | None = None if isinstance(config.stage, PretrainConfig) else "disparity"
     for group, datasets in (("labeled", config.data.labeled), ("unlabeled", config.data.unlabeled)):
         for name, dataset in datasets.items():
-            check_dataset(f"data.{group}.{name}", dataset, reads_labels=not isinstance(config.stage, PretrainConfig))
+            check_dataset(f"data.{group}.{name}", dataset, kind)
     for name, dataset in config.data.val.items():
-        check_dataset(f"data.val.{name}", dataset, reads_labels=True)
+        check_dataset(f"data.val.{name}", dataset, "depth")
     check_validation(config)
+    check_warmup(config)
 
 
 def check_streams(config: TrainConfig) -> None:
@@ -44,6 +47,9 @@ def check_streams(config: TrainConfig) -> None:
         check(not unlabeled, "data.unlabeled", unlabeled, f"empty: stage={stage} does not read it")
     if isinstance(config.stage, PretrainConfig):
         check(not labeled, "data.labeled", labeled, "empty: stage=pretrain reads images alone, from data.unlabeled")
+    for name in ("devices", "num_nodes"):
+        count = getattr(config.trainer, name)
+        check(count > 0, f"trainer.{name}", count, "a number > 0: batches are split over the ranks")
     world_size = config.trainer.devices * config.trainer.num_nodes
     for name, count in config.data.images_per_step().items():
         allowed = (
@@ -66,6 +72,11 @@ def check_sizes(config: TrainConfig) -> None:
     for side in config.data.crop_size:
         allowed = f"positive multiples of {patch}, the patch size of model.encoder={config.model.encoder}"
         check(side > 0 and side % patch == 0, "data.crop_size", list(config.data.crop_size), allowed)
+    augment = config.data.augment
+    elongation = max(config.data.crop_size) / min(config.data.crop_size)
+    fits = augment.cutmix_area[1] * max(1.0, elongation * augment.cutmix_aspect) < 1
+    allowed = f"such that the largest box fits into a crop of {list(config.data.crop_size)}, or no box is ever found"
+    check(augment.cutmix == 0 or fits, "data.augment.cutmix_area", list(augment.cutmix_area), allowed)
 
 
 def check_steps(config: TrainConfig) -> None:
@@ -74,13 +85,17 @@ def check_steps(config: TrainConfig) -> None:
         raise ConfigError(f"{both}: give one of the two, the number of optimizer steps or of passes over the data")
     if config.sweeps is not None:
         check(config.sweeps > 0, "sweeps", config.sweeps, "> 0")
-    steps = config.trainer.max_steps
-    allowed = f"below trainer.max_steps={steps}"
-    check(steps <= 0 or config.optim.warmup_steps < steps, "optim.warmup_steps", config.optim.warmup_steps, allowed)
 
 
-def check_dataset(field_name: str, dataset: DatasetConfig, *, reads_labels: bool) -> None:
-    """The manifest is there (or can be rendered) and holds what the stage reads."""
+def check_warmup(config: TrainConfig) -> None:
+    """The rate reaches its peak, also where `sweeps` sets the number of steps."""
+    steps, warmup = num_steps(config), config.optim.warmup_steps
+    source = f"trainer.max_steps={steps}" if config.sweeps is None else f"{steps}, the steps of sweeps={config.sweeps}"
+    check(warmup < steps, "optim.warmup_steps", warmup, f"below {source}")
+
+
+def check_dataset(field_name: str, dataset: DatasetConfig, kind: Kind | None) -> None:
+    """The manifest is there (or can be rendered) and its labels can give `kind`; None for a stage that reads none."""
     path = Path(dataset.manifest)
     if not path.is_file():
         if dataset.world is None:
@@ -88,21 +103,8 @@ def check_dataset(field_name: str, dataset: DatasetConfig, *, reads_labels: bool
                 f"{field_name}.manifest={dataset.manifest}: no such file; `depthkit pack` writes manifests"
             )
         return
-    if reads_labels:
-        images = load_manifest(path)
-        usable_target(labels_manifest(dataset, images), field_name, "disparity")
-
-
-def labels_manifest(dataset: DatasetConfig, images: Manifest) -> Manifest:
-    """The manifest that holds the labels: the images' own, or that of their pseudo-labels."""
-    if dataset.labels is None:
-        return images
-    path = Path(dataset.labels)
-    if not path.is_file():
-        raise ConfigError(f"labels={dataset.labels}: no such file; `depthkit label` writes it when all shards are done")
-    labels = load_manifest(path)
-    check_labels_belong(labels, images, path, Path(dataset.manifest))
-    return labels
+    if kind is not None:
+        usable_target(labels_manifest(dataset, load_manifest(path)), field_name, kind, dataset.depth_range)
 
 
 def check_validation(config: TrainConfig) -> None:

@@ -30,13 +30,9 @@ class DatasetReader:
         path = Path(config.manifest)
         self.manifest = load_manifest(path)
         self.images = ShardReader(self.manifest, path.parent)
-        self.labels: ShardReader | None = None
-        if config.labels is not None:
-            labels = load_manifest(Path(config.labels))
-            check_labels_belong(labels, self.manifest, Path(config.labels), path)
-            self.labels = ShardReader(labels, Path(config.labels).parent)
-        labeled = self.manifest if self.labels is None else self.labels.manifest
-        self.target = None if kind is None else usable_target(labeled, name, kind)
+        labeled = labels_manifest(config, self.manifest)
+        self.labels = None if config.labels is None else ShardReader(labeled, Path(config.labels).parent)
+        self.target = None if kind is None else usable_target(labeled, name, kind, config.depth_range)
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -119,7 +115,9 @@ def check_same_view(label_size: tuple[int, int], image_size: tuple[int, int]) ->
     (height, width), (image_height, image_width) = label_size, image_size
     same_aspect = abs(height * image_width - width * image_height) <= 0.02 * width * image_height
     if not same_aspect or height > image_height or width > image_width:
-        raise SampleError(f"label of {height}x{width} pixels for an image of {image_height}x{image_width}: not one view")
+        raise SampleError(
+            f"label of {height}x{width} pixels for an image of {image_height}x{image_width}: not one view"
+        )
 
 
 def within_range(target: np.ndarray, kind: Kind, depth_range: list[float]) -> np.ndarray:
@@ -130,8 +128,8 @@ def within_range(target: np.ndarray, kind: Kind, depth_range: list[float]) -> np
     return (target == 0) | ((target * low <= 1) & (target * high >= 1))
 
 
-def usable_target(manifest: Manifest, name: str, kind: Kind) -> TargetSpec:
-    """The target of `manifest` if it can give `kind`; ConfigError otherwise."""
+def usable_target(manifest: Manifest, name: str, kind: Kind, depth_range: list[float] | None = None) -> TargetSpec:
+    """The target of `manifest` if it can give `kind`, and be held to a `depth_range`; ConfigError otherwise."""
     target = manifest.target
     if target is None:
         raise ConfigError(
@@ -140,12 +138,26 @@ def usable_target(manifest: Manifest, name: str, kind: Kind) -> TargetSpec:
         )
     if not target.aligned:
         raise ConfigError(f"data set {name!r} ({manifest.name}): its labels are not registered to its images")
-    if kind == "depth" and not target.metric:
-        raise ConfigError(
-            f"data set {name!r} ({manifest.name}): {target.quantity} without a unit (metric: false) cannot give depth in "
-            "metres; use it for a stage that learns disparity"
-        )
+    if target.metric:
+        return target
+    without_unit = f"data set {name!r} ({manifest.name}): {target.quantity} without a unit (metric: false)"
+    if kind == "depth":
+        raise ConfigError(f"{without_unit} cannot give depth in metres; use it for a stage that learns disparity")
+    if depth_range is not None:
+        raise ConfigError(f"{without_unit} cannot be held to depth_range={depth_range} in metres; leave it out")
     return target
+
+
+def labels_manifest(config: DatasetConfig, images: Manifest) -> Manifest:
+    """The manifest that holds the labels: the images' own, or those of its `labels`; ConfigError if not of them."""
+    if config.labels is None:
+        return images
+    path = Path(config.labels)
+    if not path.is_file():
+        raise ConfigError(f"labels={config.labels}: no such file; `depthkit label` writes it when all shards are done")
+    labels = load_manifest(path)
+    check_labels_belong(labels, images, path, Path(config.manifest))
+    return labels
 
 
 def check_labels_belong(labels: Manifest, images: Manifest, labels_path: Path, images_path: Path) -> None:
@@ -155,6 +167,6 @@ def check_labels_belong(labels: Manifest, images: Manifest, labels_path: Path, i
         raise ConfigError(f"{labels_path} is not a pseudo-label set: it does not say which images it labels")
     if made_from.images_digest != images.digest():
         raise ConfigError(
-            f"{labels_path} labels {made_from.images!r} with digest {made_from.images_digest[:12]}, but {images_path} is "
-            f"{images.name!r} with digest {images.digest()[:12]}: label these images, or name the right manifest"
+            f"{labels_path} labels {made_from.images!r} with digest {made_from.images_digest[:12]}, but {images_path} "
+            f"is {images.name!r} with digest {images.digest()[:12]}: label these images, or name the right manifest"
         )
