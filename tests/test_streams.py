@@ -239,7 +239,7 @@ def test_the_monitor_writes_every_rejection_and_stops_beyond_the_budget(tmp_path
     monitor = QuarantineMonitor(tmp_path / "quarantine", max_fraction=0.01)
     trainer: Any = SimpleNamespace(global_rank=3)
     module: Any = None
-    monitor.on_train_start(trainer, module)
+    monitor.setup(trainer, module, "fit")
     monitor.on_train_batch_start(trainer, module, batch_of(150), 0)
     monitor.on_train_batch_start(trainer, module, batch_of(150, "no valid pixel"), 1)
     path = tmp_path / "quarantine" / "rank-00003.jsonl"
@@ -251,6 +251,22 @@ def test_the_monitor_writes_every_rejection_and_stops_beyond_the_budget(tmp_path
     assert "2 x rooms: cut" in str(error.value)
     assert str(path) in str(error.value)
     assert "data.quarantine_budget" in str(error.value)
+
+
+def test_broken_validation_images_are_written_down_too(tmp_path: Path):
+    monitor = QuarantineMonitor(tmp_path / "quarantine", max_fraction=0.01)
+    trainer: Any = SimpleNamespace(global_rank=0)
+    module: Any = None
+    for stage in ("fit", "validate"):
+        monitor.setup(trainer, module, stage)
+        monitor.on_validation_batch_start(
+            trainer, module, Rejection(dataset="d", shard="s", key=stage, reason="r"), 0, 0
+        )
+    monitor.on_validation_batch_start(trainer, module, batch_of(1)["labeled"], 1, 0)
+    rows = (tmp_path / "quarantine" / "rank-00000.jsonl").read_text().splitlines()
+    assert [json.loads(row)["key"] for row in rows] == ["fit", "validate"]
+    assert monitor.quarantine is not None
+    assert (monitor.quarantine.num_seen, monitor.quarantine.num_rejected) == (3, 2)
 
 
 class CountSteps(L.LightningModule):

@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 
 from depthkit.data.quarantine import Quarantine
-from depthkit.types import Batch
+from depthkit.types import Batch, Rejection
 
 
 class QuarantineMonitor(L.Callback):
@@ -17,9 +17,10 @@ class QuarantineMonitor(L.Callback):
         self.max_fraction = max_fraction
         self.quarantine: Quarantine | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        path = self.folder / f"rank-{trainer.global_rank:05d}.jsonl"
-        self.quarantine = Quarantine(path, max_fraction=self.max_fraction)
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.quarantine is None:
+            path = self.folder / f"rank-{trainer.global_rank:05d}.jsonl"
+            self.quarantine = Quarantine(path, max_fraction=self.max_fraction)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Batch], batch_idx: int
@@ -27,6 +28,15 @@ class QuarantineMonitor(L.Callback):
         assert self.quarantine is not None
         for part in batch.values():
             self.quarantine.record(len(part["key"]), part["rejections"])
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch | Rejection, batch_idx: int, *_: Any
+    ) -> None:
+        assert self.quarantine is not None
+        if isinstance(batch, Rejection):
+            self.quarantine.record(0, [batch])
+        else:
+            self.quarantine.record(len(batch["key"]), [])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.quarantine is not None and self.quarantine.num_rejected:
