@@ -241,6 +241,8 @@ class StudentConfig(StageConfig):
     def __post_init__(self) -> None:
         for name in ("gradient_matching_weight", "labeled_weight", "unlabeled_weight", "feature_weight"):
             check(getattr(self, name) >= 0, f"stage.{name}", getattr(self, name), ">= 0")
+        weights = [self.labeled_weight, self.unlabeled_weight, self.feature_weight]
+        check(sum(weights) > 0, "stage weights (labeled, unlabeled, feature)", weights, "not all 0")
         check(0 <= self.tolerance_margin <= 2, "stage.tolerance_margin", self.tolerance_margin, "0 to 2, on 1 - cos")
         check(0 <= self.drop_fraction < 1, "stage.drop_fraction", self.drop_fraction, "0 to < 1")
 

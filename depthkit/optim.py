@@ -38,7 +38,10 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> AdamW:
 
 
 def linear_schedule(optimizer: Optimizer, config: OptimConfig, *, num_steps: int) -> LambdaLR:
-    """Factor on every group's rate: linear from 0 over `warmup_steps`, then linear to `final_lr_fraction` at `num_steps`."""
+    """Factor on every group's rate: `(step + 1) / warmup_steps` at first, then linear from 1 to `final_lr_fraction`.
+
+    The last of `num_steps` steps is the one before `final_lr_fraction` is reached, so that none is done at a rate of 0.
+    """
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:

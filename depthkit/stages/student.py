@@ -49,7 +49,7 @@ class StudentModule(DepthModule):
 
     def training_step(self, batch: StudentBatch, batch_idx: int) -> Tensor:
         unlabeled = batch["unlabeled"]
-        images = [part["image"] for part in batch.values()]
+        images = [batch[name]["image"] for name in ("labeled", "unlabeled") if name in batch]
         output = self(torch.cat(images))
         num_labeled = sum(map(len, images)) - len(unlabeled["image"])
         prediction = output.values[num_labeled:]

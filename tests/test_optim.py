@@ -1,0 +1,102 @@
+"""Parameter groups and the schedule, against the rates that the paper states."""
+
+import pytest
+import torch
+from torch import nn
+
+from depthkit.config import OptimConfig
+from depthkit.optim import build_optimizer, linear_schedule, parameter_groups
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3))
+        self.decoder = nn.Linear(3, 1)
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+def by_name(groups: list[dict]) -> dict[str, dict]:
+    return {group["name"]: group for group in groups}
+
+
+def rates(config: OptimConfig, num_steps: int) -> list[list[float]]:
+    """Rate of every group at every step, as a training loop would use them."""
+    model = Model()
+    optimizer = build_optimizer(parameter_groups(model, model.encoder, config), config)
+    schedule = linear_schedule(optimizer, config, num_steps=num_steps)
+    used = []
+    for _ in range(num_steps):
+        used.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    return used
+
+
+def test_groups_cover_every_trainable_parameter_once():
+    model = Model()
+    groups = by_name(parameter_groups(model, model.encoder, OptimConfig()))
+    assert set(groups) == {"encoder", "decoder"}
+    assert set(map(id, groups["encoder"]["params"])) == set(map(id, model.encoder.parameters()))
+    assert set(map(id, groups["decoder"]["params"])) == {*map(id, model.decoder.parameters()), id(model.scale)}
+
+
+def test_published_rates():
+    """V1 section 4: encoder 5e-6, decoder ten times that."""
+    model = Model()
+    groups = by_name(parameter_groups(model, model.encoder, OptimConfig()))
+    assert groups["encoder"]["lr"] == 5e-6
+    assert groups["decoder"]["lr"] == pytest.approx(5e-5)
+
+
+def test_frozen_parameters_are_left_out():
+    model = Model()
+    model.decoder.bias.requires_grad_(False)
+    groups = parameter_groups(model, model.encoder, OptimConfig())
+    assert id(model.decoder.bias) not in {id(parameter) for group in groups for parameter in group["params"]}
+    model.encoder.requires_grad_(False)
+    assert [group["name"] for group in parameter_groups(model, model.encoder, OptimConfig())] == ["decoder"]
+
+
+def test_a_shared_parameter_is_taken_once():
+    model = Model()
+    model.tied = model.encoder[0]
+    groups = parameter_groups(model, model.encoder, OptimConfig())
+    ids = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(ids) == len(set(ids)) == 7
+
+
+def test_optimizer_takes_betas_and_decay():
+    model = Model()
+    config = OptimConfig(weight_decay=0.3, betas=[0.8, 0.9])
+    optimizer = build_optimizer(parameter_groups(model, model.encoder, config), config)
+    assert all(group["betas"] == (0.8, 0.9) and group["weight_decay"] == 0.3 for group in optimizer.param_groups)
+
+
+def test_linear_decay_to_zero():
+    used = rates(OptimConfig(encoder_lr=1.0), 10)
+    assert [encoder for encoder, _ in used] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    assert all(decoder == pytest.approx(10 * encoder) for encoder, decoder in used)
+
+
+def test_warmup_then_decay_to_a_fraction():
+    used = [encoder for encoder, _ in rates(OptimConfig(encoder_lr=2.0, warmup_steps=4, final_lr_fraction=0.5), 12)]
+    assert used[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert used[4] == 2.0
+    assert used[8] == pytest.approx(1.5)  # half way from step 4 to 12
+    assert used[11] == pytest.approx(2.0 - 7 / 8)
+
+
+def test_rate_stays_at_its_end_value():
+    config = OptimConfig(encoder_lr=1.0, final_lr_fraction=0.25)
+    model = Model()
+    optimizer = build_optimizer(parameter_groups(model, model.encoder, config), config)
+    schedule = linear_schedule(optimizer, config, num_steps=4)
+    for _ in range(9):
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_first_step_has_a_rate():
+    assert all(rate > 0 for pair in rates(OptimConfig(encoder_lr=1.0, warmup_steps=5), 10) for rate in pair)
