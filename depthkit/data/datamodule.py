@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from depthkit.config import AugmentConfig, DataConfig, DatasetConfig
-from depthkit.data.order import rank_slots
 from depthkit.data.procedural import WorldSpec, write_world
 from depthkit.data.quarantine import SampleError
 from depthkit.data.reader import DatasetReader
@@ -22,7 +21,7 @@ from depthkit.types import Batch, Kind, Rejection
 
 
 class DepthDataModule(L.LightningDataModule):
-    """Training batches `{"labeled": Batch, "unlabeled": Batch}` in an exact ratio on every rank; validation on whole images.
+    """Batches `{"labeled": Batch, "unlabeled": Batch}`, the ratio exact on every rank; whole images to validate.
 
     `num_steps` counts batches. Training targets are in `target_kind`; None reads images alone. Validation images keep
     their aspect: shorter side as the crop, sides multiples of `patch_size`; their targets are depth in metres.
@@ -60,7 +59,7 @@ class DepthDataModule(L.LightningDataModule):
         )
 
     def train_loader(self, *, start_step: int = 0, rank: int = 0, world_size: int = 1) -> DataLoader:
-        """This rank's part of the batches from `start_step` on: the same whatever the workers and earlier interruptions."""
+        """This rank's part of the batches from `start_step` on, whatever the workers and earlier interruptions."""
         streams = build_streams(self.config, self.target_kind, self.seed)
         sampler = StepSampler(
             {name: stream.images_per_step for name, stream in streams.items()},
@@ -116,7 +115,9 @@ class DepthDataModule(L.LightningDataModule):
 class WholeImages(Dataset):
     """Every image of some data sets once, uncropped, as a `Batch` of one; a `Rejection` where the sample is broken."""
 
-    def __init__(self, readers: list[DatasetReader], *, short_side: int, multiple: int, limit: int | None = None) -> None:
+    def __init__(
+        self, readers: list[DatasetReader], *, short_side: int, multiple: int, limit: int | None = None
+    ) -> None:
         self.readers = readers
         self.short_side = short_side
         self.multiple = multiple

@@ -50,7 +50,9 @@ class ImageChunk(NamedTuple):
 class ImageChunks(Dataset):
     """The images of some shards in order, `chunk_size` at a time, at the size the teacher sees them."""
 
-    def __init__(self, manifest_path: Path, shards: list[int], *, chunk_size: int, short_side: int, multiple: int) -> None:
+    def __init__(
+        self, manifest_path: Path, shards: list[int], *, chunk_size: int, short_side: int, multiple: int
+    ) -> None:
         manifest = load_manifest(manifest_path)
         self.name = manifest.name
         self.reader = ShardReader(manifest, manifest_path.parent)
@@ -75,9 +77,7 @@ class ImageChunks(Dataset):
                 image, sky = self._read(shard, sample)
             except SampleError as error:
                 path = self.reader.root / self.reader.manifest.shards[shard].path
-                rejections[sample] = Rejection(
-                    dataset=self.name, shard=str(path), key=keys[sample], reason=str(error)
-                )
+                rejections[sample] = Rejection(dataset=self.name, shard=str(path), key=keys[sample], reason=str(error))
                 continue
             by_size[image.shape].append((sample, image, sky))
         groups = [
@@ -163,7 +163,9 @@ class LabelShards:
         """Write the manifest; returns its path. ValueError when a shard is missing or lacks samples."""
         missing = [self.path(shard).name for shard in self.pending()]
         if missing:
-            raise ValueError(f"{self.folder}: {len(missing)} label shards are missing, {missing[0]} the first; run again")
+            raise ValueError(
+                f"{self.folder}: {len(missing)} label shards are missing, {missing[0]} the first; run again"
+            )
         manifest = Manifest(
             name=self.images.name,
             split=self.images.split,

@@ -29,7 +29,7 @@ class Location(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """One pass over the stream, starting at position `start`: runs of consecutive samples of a shard, in shuffled order."""
+    """One pass over the stream from position `start` on: runs of consecutive samples of a shard, in shuffled order."""
 
     start: int
     dataset: np.ndarray  # (runs,)
@@ -46,7 +46,13 @@ class Order:
     """
 
     def __init__(
-        self, shard_sizes: Sequence[Sequence[int]], weights: Sequence[float], *, num_lanes: int, seed: int, shuffle_block: int
+        self,
+        shard_sizes: Sequence[Sequence[int]],
+        weights: Sequence[float],
+        *,
+        num_lanes: int,
+        seed: int,
+        shuffle_block: int,
     ) -> None:
         self.shard_sizes = [np.asarray(sizes, dtype=np.int64) for sizes in shard_sizes]
         self.num_samples = [int(sizes.sum()) for sizes in self.shard_sizes]
@@ -93,9 +99,11 @@ class Order:
         return sweep
 
     def _plan_sweep(self, number: int) -> Sweep:
-        runs = np.concatenate(
-            [self._runs(d, self._samples_before(d, number), self._samples_before(d, number + 1)) for d in range(len(self.weights))]
-        )
+        bounds = [
+            (self._samples_before(dataset, number), self._samples_before(dataset, number + 1))
+            for dataset in range(len(self.weights))
+        ]
+        runs = np.concatenate([self._runs(dataset, *bound) for dataset, bound in enumerate(bounds)])
         runs = runs[np.random.default_rng([self.seed, 0, number]).permutation(len(runs))]
         start, stop = self.sweep_start(number), self.sweep_start(number + 1)
         lanes = np.arange(self.num_lanes)
@@ -114,12 +122,12 @@ class Order:
 
         Returns (runs, 4): data set, shard, first sample, number of samples.
         """
-        size = self.num_samples[dataset]
+        sizes, size = self.shard_sizes[dataset], self.num_samples[dataset]
         parts = [np.empty((0, 4), dtype=np.int64)]
         for repetition in range(begin // size, -(-end // size)):
-            shards = np.random.default_rng([self.seed, 1, dataset, repetition]).permutation(len(self.shard_sizes[dataset]))
-            stop = np.cumsum(self.shard_sizes[dataset][shards]) + repetition * size
-            start = stop - self.shard_sizes[dataset][shards]
+            shards = np.random.default_rng([self.seed, 1, dataset, repetition]).permutation(len(sizes))
+            stop = np.cumsum(sizes[shards]) + repetition * size
+            start = stop - sizes[shards]
             first = np.maximum(begin - start, 0)
             count = np.minimum(stop, end) - start - first
             part = np.stack([np.full_like(shards, dataset), shards, first, count], axis=1)

@@ -61,5 +61,7 @@ class Quarantine:
             f"(budget {self.max_fraction:.2%} after {self.min_samples} samples). Most frequent:"
         ]
         lines += [f"  {count} x {dataset}: {reason}" for (dataset, reason), count in self.reasons.most_common(5)]
-        lines.append(f"The whole list is in {self.path}. Repair or repack these shards, or raise data.quarantine_budget.")
+        lines.append(
+            f"The whole list is in {self.path}. Repair or repack these shards, or raise data.quarantine_budget."
+        )
         return "\n".join(lines)

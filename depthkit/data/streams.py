@@ -103,7 +103,13 @@ class StepSampler(Sampler[list[Slot]]):
     """
 
     def __init__(
-        self, images_per_step: Mapping[str, int], *, num_steps: int, start_step: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        images_per_step: Mapping[str, int],
+        *,
+        num_steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.images_per_step = dict(images_per_step)
         self.num_steps = num_steps
@@ -113,7 +119,9 @@ class StepSampler(Sampler[list[Slot]]):
     def __iter__(self) -> Iterator[list[Slot]]:
         for step in range(self.start_step, self.num_steps):
             yield [
-                Slot(name, step * self.images_per_step[name] + slot) for name, slots in self.slots.items() for slot in slots
+                Slot(name, step * self.images_per_step[name] + slot)
+                for name, slots in self.slots.items()
+                for slot in slots
             ]
 
     def __len__(self) -> int:

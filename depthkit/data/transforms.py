@@ -10,7 +10,7 @@ from depthkit.config import AugmentConfig
 from depthkit.types import Batch
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks the network for a newer release otherwise
-import albumentations as A  # noqa: E402
+import albumentations as A
 
 
 class PhotometricPerturbation:
@@ -38,7 +38,9 @@ class PhotometricPerturbation:
         return image
 
 
-def sample_cutmix_box(size: tuple[int, int], config: AugmentConfig, generator: np.random.Generator) -> tuple[int, int, int, int]:
+def sample_cutmix_box(
+    size: tuple[int, int], config: AugmentConfig, generator: np.random.Generator
+) -> tuple[int, int, int, int]:
     """A CutMix box (top, left, height, width), height 0 for none.
 
     Drawn as UniMatch does, which the authors point to (Depth-Anything issue 240): area share uniform in `cutmix_area`,
@@ -46,7 +48,8 @@ def sample_cutmix_box(size: tuple[int, int], config: AugmentConfig, generator: n
     """
     if generator.random() >= config.cutmix:
         return (0, 0, 0, 0)
-    area = generator.uniform(*config.cutmix_area) * size[0] * size[1]
+    smallest, largest = config.cutmix_area
+    area = generator.uniform(smallest, largest) * size[0] * size[1]
     while True:
         aspect = generator.uniform(config.cutmix_aspect, 1 / config.cutmix_aspect)
         height, width = int(np.sqrt(area * aspect)), int(np.sqrt(area / aspect))
@@ -64,11 +67,11 @@ def box_region(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def cutmix(batch: Batch) -> Tensor:
-    """Paste `cutmix_box` of each image's partner into it, image and target alike, in place; return the region (B, H, W).
+    """Paste `cutmix_box` of each image's partner into it, image and target alike, in place; return the region.
 
     Partners are neighbours by position (0 with 1, 2 with 3, ...), so that they fall on one rank at any world size.
-    V1 equation u_ab = u_a M + u_b (1 - M); the region is where the partner was pasted. The loss normalises the two
-    regions apart (`losses.cutmix_loss`), so the two targets need no common scale.
+    V1 equation u_ab = u_a M + u_b (1 - M); the region (B, H, W) is where the partner was pasted. The loss normalises
+    the two regions apart (`losses.cutmix_loss`), so the two targets need no common scale.
     """
     region = box_region(batch["cutmix_box"], (batch["image"].shape[-2], batch["image"].shape[-1]))
     partner = torch.arange(len(region), device=region.device) ^ 1
