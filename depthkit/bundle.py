@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import file_digest
 from pathlib import Path
@@ -174,18 +174,16 @@ class Predictor:
     @overload
     def predict(self, image: np.ndarray | str | Path, *, short_side: int | None = None) -> Prediction: ...
     @overload
+    def predict(self, image: list[np.ndarray | str | Path], *, short_side: int | None = None) -> list[Prediction]: ...
     def predict(
-        self, image: Sequence[np.ndarray | str | Path], *, short_side: int | None = None
-    ) -> list[Prediction]: ...
-    def predict(
-        self, image: np.ndarray | str | Path | Sequence[np.ndarray | str | Path], *, short_side: int | None = None
+        self, image: np.ndarray | str | Path | list[np.ndarray | str | Path], *, short_side: int | None = None
     ) -> Prediction | list[Prediction]:
         """Predict one image or a list: (H, W, 3) uint8 RGB arrays or paths. Values come at the size of the image.
 
         The image is resized so that its shorter side is `short_side` (default: as in training), aspect kept, sides
         multiples of the patch; the result is interpolated back (bilinear, align_corners=True, as the released V2).
         """
-        if isinstance(image, list | tuple):
+        if isinstance(image, list):
             return [self._predict_one(item, short_side) for item in image]
         if not isinstance(image, np.ndarray | str | Path):
             raise ValueError(f"expected an (H, W, 3) uint8 RGB image or a path, got {type(image).__name__}")

@@ -408,8 +408,8 @@ def unknown_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
     """Keys that no dataclass has: Hydra adds them all the same when they come after a plus sign."""
     schema = OmegaConf.get_type(cfg)
     known = {each.name for each in fields(schema)} if is_dataclass(schema) else cfg.keys()
-    unknown = [f"{prefix}{key}" for key in cfg if key not in known]
-    for key in cfg:
+    unknown = [f"{prefix}{key}" for key in map(str, cfg) if key not in known]
+    for key in map(str, cfg):
         if OmegaConf.is_dict(cfg[key]):
             unknown += unknown_keys(cfg[key], f"{prefix}{key}.")
     return unknown

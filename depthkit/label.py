@@ -56,7 +56,7 @@ def label(config: TrainConfig) -> Path:
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
         strategy=config.trainer.strategy,
-        precision=config.trainer.precision,
+        precision=config.trainer.precision,  # type: ignore[arg-type]
         logger=False,
         callbacks=[writer, *([RichProgressBar()] if config.trainer.enable_progress_bar else [])],
         enable_progress_bar=config.trainer.enable_progress_bar,

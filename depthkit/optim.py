@@ -16,7 +16,7 @@ def parameter_groups(model: nn.Module, encoder: nn.Module, config: OptimConfig) 
     """
     in_encoder = {id(parameter) for parameter in encoder.parameters()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {
             "name": "encoder",
             "params": [parameter for parameter in trainable if id(parameter) in in_encoder],

@@ -31,7 +31,7 @@ from depthkit.label import label
 from depthkit.models import DepthModel, build_encoder, build_model
 from depthkit.runtime.checkpoint import newest_checkpoint
 from depthkit.runtime.quarantine import QuarantineMonitor
-from depthkit.stages.base import val_name
+from depthkit.stages.base import DepthModule, val_name
 from depthkit.stages.pretrain import PretrainModule
 from depthkit.stages.student import StudentModule
 from depthkit.stages.teacher import TeacherModule
@@ -101,9 +101,10 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     if trainer.global_step < config.trainer.max_steps:
         return None  # stopped early: the checkpoints are there, the bundle comes with the last step
-    metrics = {}
+    metrics: dict[str, float] = {}
     if config.data.val and not isinstance(module, PretrainModule):
-        (metrics,) = trainer.validate(module, data, verbose=False)
+        (results,) = trainer.validate(module, data, verbose=False)
+        metrics = dict(results)
     if trainer.is_global_zero:
         write_bundle(config, module, metrics)
     trainer.strategy.barrier("bundle")
@@ -180,7 +181,7 @@ def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Tra
 def set_aside(run_dir: Path) -> None:
     """Move the results of earlier runs in this folder to `before-N`, where no later start takes them for its own."""
     old = [path for path in (run_dir / "bundle", run_dir / "checkpoints") if path.is_dir()]
-    if old and rank_zero_only.rank == 0:
+    if old and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         folder = run_dir / f"before-{1 + len(list(run_dir.glob('before-*')))}"
         folder.mkdir()
         for path in old:
@@ -232,9 +233,9 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 def write_bundle(config: TrainConfig, module: L.LightningModule, metrics: dict[str, float]) -> None:
     """The stage's result: model, settings, and where it comes from."""
-    is_encoder = isinstance(module, PretrainModule)
+    assert isinstance(module, PretrainModule | DepthModule)
     facts = BundleFacts(
-        content="encoder" if is_encoder else "depth_model",
+        content="encoder" if isinstance(module, PretrainModule) else "depth_model",
         model=config.model,
         kind="disparity",
         short_side=min(config.data.crop_size),
@@ -248,11 +249,12 @@ def write_bundle(config: TrainConfig, module: L.LightningModule, metrics: dict[s
             "metrics": metrics,
         },
     )
-    save_bundle(Path(config.run_dir) / "bundle", module.encoder if is_encoder else module.model, facts)
+    result = module.encoder if isinstance(module, PretrainModule) else module.model
+    save_bundle(Path(config.run_dir) / "bundle", result, facts)
 
 
 def provenance_of_data(config: TrainConfig) -> dict[str, Any]:
-    """Manifest name, digest and licence of everything the model was trained on, and the teacher of its pseudo-labels."""
+    """Manifest name, digest and licence of all that the model was trained on, and the teacher of its pseudo-labels."""
     rows = {}
     for stream in ("labeled", "unlabeled"):
         for name, dataset in getattr(config.data, stream).items():

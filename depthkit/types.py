@@ -27,9 +27,9 @@ class Rejection:
 class Sample:
     """One decoded image with its target, between decode and collate.
 
-    `image` is (H, W, 3) uint8 RGB, `target` (H, W) float32 of the stage's kind, `valid_mask` (H, W) bool, True = supervise this pixel.
-    Invalid pixels hold 0 and False. Sky with a known label is disparity 0 and valid. `rejections` lists the samples
-    that were tried first at this position and found broken.
+    `image` is (H, W, 3) uint8 RGB, `target` (H, W) float32 of the stage's kind, `valid_mask` (H, W) bool, True =
+    supervise this pixel. Invalid pixels hold 0 and False. Sky with a known label is disparity 0 and valid. `rejections`
+    lists the samples that were tried first at this position and found broken.
     """
 
     image: np.ndarray
@@ -59,7 +59,7 @@ class StudentBatch(TypedDict):
 
 
 class ModelOutput(NamedTuple):
-    """`values` (B, H, W) >= 0 in the model's kind; `features` (B, C, h, w), the final normalised patch tokens of the encoder."""
+    """`values` (B, H, W) >= 0 in the model's kind; `features` (B, C, h, w), the normalised tokens of the last block."""
 
     values: Tensor
     features: Tensor

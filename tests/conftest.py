@@ -1,4 +1,4 @@
-"""Fixtures that several test files share. Heavy imports stay inside them: most tests need neither torch nor Lightning."""
+"""Fixtures that several test files share. Heavy imports stay inside: most tests need no torch or Lightning."""
 
 import os
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def compose() -> Compose:
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Procedural data sets of 32 x 40 px in shards of 8: source_train (24 images), source_val (8), target_train (24)."""
+    """Procedural data sets of 32 x 40 px in shards of 8: source_train (24), source_val (8) and target_train (24)."""
     from depthkit.data.procedural import WorldSpec, write_world
 
     root = tmp_path_factory.mktemp("world")

@@ -42,7 +42,7 @@ class DPTDecoder(nn.Module):
             nn.Conv2d(features // 2, head_width, 3, padding=1), nn.ReLU(), nn.Conv2d(head_width, 1, 1), nn.ReLU()
         )
         # A ReLU output that starts negative everywhere has no gradient and would never learn.
-        nn.init.ones_(self.head_out[2].bias)
+        nn.init.ones_(self.head_out[2].bias)  # type: ignore[arg-type]
 
     def forward(self, taps: list[Tensor]) -> Tensor:
         h, w = taps[0].shape[-2:]

@@ -78,7 +78,7 @@ class Encoder(nn.Module):
     def to_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Block output (B, prefix + h w, D) to a normalised map (B, D, h, w)."""
         patches = self.vit.norm(tokens)[:, self.vit.num_prefix_tokens :]
-        return patches.transpose(1, 2).unflatten(2, grid)
+        return patches.transpose(1, 2).reshape(len(patches), self.width, *grid)
 
 
 def build_vit(name: str, **arguments: Any) -> VisionTransformer:
@@ -106,7 +106,7 @@ def interpolate_position_embedding(embedding: Tensor, grid: tuple[int, int], num
         return embedding
     prefix, patches = embedding[:, :num_prefix], embedding[:, num_prefix:]
     resampled = F.interpolate(
-        patches.float().unflatten(1, (side, side)).permute(0, 3, 1, 2),
+        patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2),
         scale_factor=((grid[0] + DINOV2_OFFSET) / side, (grid[1] + DINOV2_OFFSET) / side),
         mode="bicubic",
     )

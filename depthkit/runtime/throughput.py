@@ -32,7 +32,7 @@ class ThroughputMonitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             seconds = time.perf_counter() - self._start
             values = {
                 "throughput/images_per_second": self._num_images * trainer.world_size / seconds,

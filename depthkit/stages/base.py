@@ -26,14 +26,16 @@ class DepthModule(L.LightningModule):
         self.stage = stage
         self.optim = optim
         self.protocol = protocol
-        self.val_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in protocol.metrics})
+        metrics = {name: MeanMetric(nan_strategy="ignore") for name in protocol.metrics}
+        self.val_metrics: Mapping[str, MeanMetric] = nn.ModuleDict(metrics)  # type: ignore[assignment]
 
     def forward(self, image: Tensor) -> ModelOutput:
         return self.model(image)
 
     def weigh(self, parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
         """The weighted mean of the named losses, each logged as `loss/NAME` and the total as `loss`."""
-        total = sum(weights[name] * value for name, value in parts.items()) / sum(weights[name] for name in parts)
+        weighted = [weights[name] * value for name, value in parts.items()]
+        total = torch.stack(weighted).sum() / sum(weights[name] for name in parts)
         self.log_dict({f"loss/{name}": value.detach() for name, value in parts.items()})
         self.log("loss", total.detach(), prog_bar=True)
         return total
