@@ -294,6 +294,7 @@ hydra_main("train", [item for item in sys.argv[1:] if item != "train"], run)
 @pytest.mark.parametrize("stage", ["pretrain", "student"])
 def test_two_ranks_train_as_one(tiny_config, tiny_settings, tmp_path, stage):
     """The mean of the ranks' losses is the loss of one process with the same global batch, step by step."""
+    tests = Path(__file__).parent
     script = tmp_path / "run.py"
     script.write_text(RANKS)
     settings = ["data.batch_size=12", "optim.encoder_lr=1e-4"]
@@ -303,7 +304,7 @@ def test_two_ranks_train_as_one(tiny_config, tiny_settings, tmp_path, stage):
         [sys.executable, script, *tiny_settings(stage, tmp_path / "two"), *settings],
         check=True,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"},
         timeout=200,
     )
     ranks = [json.loads(path.read_text()) for path in sorted((tmp_path / "two").glob("losses.*.json"))]
