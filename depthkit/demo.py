@@ -24,6 +24,9 @@ from depthkit.files import atomic_write
 from depthkit.hydra_entry import hydra_main
 from depthkit.train import run
 
+FROM_PRETRAINED = {"tiny_teacher": ["stage.encoder_weights='${paths.runs}/tiny_pretrain/bundle'"]}
+"""On its own `tiny_teacher` needs no earlier stage; in the recipe it starts from the pre-trained encoder, like the student."""
+
 MIN_STEPS = 4
 MIN_IMAGES = 24
 
@@ -84,6 +87,7 @@ def compose_stage(experiment: str, config: DemoConfig) -> TrainConfig:
         f"seed={config.seed}",
         f"paths.runs='{out}'",
         f"paths.data='{out / 'data'}'",
+        *FROM_PRETRAINED.get(experiment, []),
         *config.overrides,
     ]
     # The demo itself was started by Hydra, which keeps one global state.
