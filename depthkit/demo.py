@@ -25,7 +25,7 @@ from depthkit.hydra_entry import hydra_main
 from depthkit.train import run
 
 FROM_PRETRAINED = {"tiny_teacher": ["stage.encoder_weights='${paths.runs}/tiny_pretrain/bundle'"]}
-"""On its own `tiny_teacher` needs no earlier stage; in the recipe it starts from the pre-trained encoder, like the student."""
+"""Alone, `tiny_teacher` needs no earlier stage; here it starts from the pre-trained encoder, as the student does."""
 
 MIN_STEPS = 4
 MIN_IMAGES = 24

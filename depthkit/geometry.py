@@ -29,7 +29,7 @@ def pixel_rays(
 
 
 def ray_distance_to_depth(distance: ArrayOrTensor, x: ArrayOrTensor, y: ArrayOrTensor) -> ArrayOrTensor:
-    """Distance along the viewing ray to planar depth: `z = distance / sqrt(x^2 + y^2 + 1)` (Hypersim ships distances)."""
+    """Distance along the viewing ray to planar depth: `z = distance / sqrt(x^2 + y^2 + 1)` (Hypersim)."""
     return distance / (x**2 + y**2 + 1) ** 0.5
 
 

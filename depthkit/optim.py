@@ -34,7 +34,7 @@ def parameter_groups(model: nn.Module, encoder: nn.Module, config: OptimConfig) 
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> AdamW:
-    return AdamW(groups, betas=(config.betas[0], config.betas[1]), weight_decay=config.weight_decay)
+    return AdamW(groups, betas=(config.betas[0], config.betas[1]), weight_decay=config.weight_decay, fused=True)
 
 
 def linear_schedule(optimizer: Optimizer, config: OptimConfig, *, num_steps: int) -> LambdaLR:
