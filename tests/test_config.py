@@ -39,16 +39,27 @@ TOP = {path.name for path in CONF_DIR.glob("*.yaml")}
 # --- every file ------------------------------------------------------------------------------------------------------
 
 
+ASKED_FOR = {f"da_{version}_label": ["stage.images=x", "stage.out=x"] for version in ("v1", "v2")}
+"""Settings that an experiment leaves to the user."""
+
+
 @pytest.mark.parametrize("experiment", names("experiment"))
 def test_every_experiment_composes_and_its_model_builds(compose, experiment):
-    config = compose(f"experiment={experiment}")
+    config = compose(f"experiment={experiment}", *ASKED_FOR.get(experiment, []))
     assert isinstance(config, TrainConfig)
-    trains = config.data.labeled or config.data.unlabeled
-    if experiment.startswith("tiny_") and trains:  # the others read data sets that a person downloads
+    assert config.run_name == experiment
+    training_sets = [*config.data.labeled.values(), *config.data.unlabeled.values()]
+    if training_sets and all(dataset.world for dataset in training_sets):  # the others are files to be packed first
         validate(config)
     if not isinstance(config.stage, PseudoLabelConfig):
         with torch.device("meta"):
             assert sum(parameter.numel() for parameter in build_model(config.model).parameters()) > 0
+
+
+@pytest.mark.parametrize("experiment", sorted(ASKED_FOR))
+def test_what_an_experiment_leaves_to_the_user_is_asked_for(compose, experiment):
+    with pytest.raises(ConfigError, match=r"no value for stage\.images, stage\.out"):
+        compose(f"experiment={experiment}")
 
 
 @pytest.mark.parametrize("model", names("model"))
@@ -68,9 +79,9 @@ def test_every_model_builds(compose, model):
     ],
 )
 def test_every_file_of_a_group_composes(compose, group, name):
-    needed = {"stage=pseudo_label": ["bundle", "images", "out"]}.get(f"{group}={name}", [])
-    data = [] if group == "data" else ["data=tiny_teacher"]
-    config = compose(*data, f"{group}={name}", *(f"stage.{key}=x" for key in needed))
+    needed = {"stage=pseudo_label": ["stage.bundle=x", "stage.images=x", "stage.out=x"]}.get(f"{group}={name}", [])
+    data = ["data.batch_size=12"] if group == "data" else ["data=tiny_teacher"]  # the recipe's size is the experiment's
+    config = compose(*data, f"{group}={name}", *needed)
     assert isinstance(config, TrainConfig)
     if group == "stage":
         assert config.stage.name == name
