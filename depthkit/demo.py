@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from rich.console import Console
 
 from depthkit.bundle import load
-from depthkit.config import CONF_DIR, DemoConfig, TrainConfig, to_config
+from depthkit.config import CONF_DIR, DemoConfig, TrainConfig, register_schemas, to_config
 from depthkit.data.datamodule import render_missing
 from depthkit.evaluation.evaluate import evaluate
 from depthkit.evaluation.protocols import protocol_id
@@ -92,6 +92,7 @@ def compose_stage(experiment: str, config: DemoConfig) -> TrainConfig:
     ]
     # The demo itself was started by Hydra, which keeps one global state.
     GlobalHydra.instance().clear()
+    register_schemas()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         stage: TrainConfig = to_config(compose("train", overrides=overrides))
     scale_down(stage, config.scale)
