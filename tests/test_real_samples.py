@@ -1,0 +1,106 @@
+"""The way of docs/real-samples.md on real files, with a handful of steps: packed, trained, labeled, evaluated."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from depthkit.data import pack
+from depthkit.data.manifest import Manifest, load_manifest
+from depthkit.evaluation import evaluate
+from depthkit.evaluation.protocols import protocol_id
+from depthkit.label import label
+from depthkit.train import run
+
+pytestmark = pytest.mark.slow
+
+TEST_SOURCES = ["kitti_metric3d", "nyu_metric3d", "nyu_unidepth", "tum_open3d", "sunrgbd_kinect2", "realsense_graspnet"]
+NUM_TEST_IMAGES = 9
+FEW_STEPS = ["trainer.max_steps=4", "optim.warmup_steps=2", "data.num_workers=0", "trainer.enable_progress_bar=false"]
+
+Settings = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def root(samples_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the packed samples in `data/real`."""
+    root = tmp_path_factory.mktemp("real")
+    arguments = [str(samples_dir / "index.jsonl"), "--out", str(root / "data" / "real"), "--workers", "1"]
+    assert pack.main([*arguments, "--test-sources", ",".join(TEST_SOURCES)]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def manifests(root: Path) -> dict[str, Manifest]:
+    paths = (root / "data" / "real").glob("*/manifest.json")
+    return {path.parent.name: load_manifest(path) for path in paths}
+
+
+@pytest.fixture(scope="module")
+def settings(root: Path, compose: Settings) -> Settings:
+    """`settings(experiment, *overrides)`: the experiment below `root`."""
+
+    def compose_experiment(experiment: str, *overrides: str) -> Any:
+        paths = [f"paths.data={root / 'data'}", f"paths.runs={root / 'runs'}"]
+        return compose(f"experiment={experiment}", *paths, *overrides)
+
+    return compose_experiment
+
+
+@pytest.fixture(scope="module")
+def bundles(root: Path, settings: Settings) -> list[Path]:
+    """Bundles of the teacher and of the student that learned its labels."""
+    run(settings("tiny_real_teacher", *FEW_STEPS))
+    label(settings("tiny_real_label", "stage.num_workers=0", "trainer.enable_progress_bar=false"))
+    run(settings("tiny_real_student", *FEW_STEPS))
+    return [root / "runs" / f"tiny_real_{stage}" / "bundle" for stage in ("teacher", "student")]
+
+
+def test_every_sample_is_packed_and_a_source_is_in_one_split(samples_dir, manifests):
+    rows = [json.loads(line) for line in (samples_dir / "index.jsonl").read_text().splitlines()]
+    packed = {name: manifest.num_samples for name, manifest in manifests.items() if name != "unlabeled"}
+    assert packed == {source: sum(row["source"] == source for row in rows) for source in {r["source"] for r in rows}}
+    splits = {name: manifest.split for name, manifest in manifests.items()}
+    assert {name for name, split in splits.items() if split == "test"} == set(TEST_SOURCES)
+    assert set(splits.values()) == {"train", "test"}
+
+
+@pytest.mark.parametrize("experiment", ["tiny_real_teacher", "tiny_real_student"])
+def test_no_test_source_is_trained_on(settings, manifests, experiment):
+    data = settings(experiment).data
+    trained = {Path(dataset.manifest).parent.name for dataset in [*data.labeled.values(), *data.unlabeled.values()]}
+    assert len(trained) >= 15
+    assert {manifests[name].split for name in trained} == {"train"}
+
+
+def test_student_learned_the_labels_of_this_teacher(root, bundles, manifests):
+    teacher, student = (json.loads((bundle / "model.json").read_text()) for bundle in bundles)
+    photos = student["provenance"]["data"]["unlabeled.photos"]
+    assert photos["teacher_sha256"] == teacher["sha256"]
+    labels = load_manifest(root / "runs" / "tiny_real_label" / "labels" / "manifest.json")
+    assert labels.num_samples == manifests["unlabeled"].num_samples > 200
+    assert not list((root / "runs").glob("*/quarantine/*"))
+
+
+def test_both_are_evaluated_on_the_sources_left_out(root, bundles, compose):
+    out = root / "evaluation"
+    datasets = [str(root / "data" / "real" / name / "manifest.json") for name in TEST_SOURCES]
+    arguments = [f"model={','.join(map(str, bundles))}", f"dataset={','.join(datasets)}"]
+    overrides = [*evaluate.as_lists(arguments), f"out={out}", "protocol=affine_disparity"]
+    config = compose(*overrides, config_name="evaluate")
+    evaluate.run(config)
+
+    results = json.loads((out / "results.json").read_text())
+    assert results["protocol"]["id"] == protocol_id(config.protocol)
+    assert results["num_images"] == NUM_TEST_IMAGES
+    assert results["skipped"] == []
+    assert set(results["datasets"]) == {f"{name}/test" for name in TEST_SOURCES}
+    for model in ("tiny_real_teacher", "tiny_real_student"):
+        overall = results["models"][model]["overall"]
+        assert 0 < overall["abs_rel"] < 2
+        assert 0 < overall["delta1"] <= 1
+    with (out / "per_image.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2 * NUM_TEST_IMAGES
