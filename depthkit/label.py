@@ -1,5 +1,6 @@
 """`depthkit label bundle=TEACHER images=MANIFEST out=DIR`: pseudo-labels for every image of a data set."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -21,10 +22,14 @@ SHORT_KEYS = ("bundle", "images", "out")
 
 
 def main(argv: list[str]) -> int:
-    argv = [f"stage.{item}" if item.split("=")[0] in SHORT_KEYS else item for item in argv]
-    if not any(item.startswith(("stage=", "experiment=")) for item in argv):
-        argv.append("stage=pseudo_label")
-    return hydra_main("label", argv, label, config_name="train")
+    return hydra_main("label", as_stage_settings(argv), label, config_name="train")
+
+
+def as_stage_settings(overrides: Sequence[str]) -> list[str]:
+    """`bundle=`, `images=`, `out=` as settings of the stage, which is `pseudo_label` unless an experiment says so."""
+    settings = [f"stage.{item}" if item.split("=")[0] in SHORT_KEYS else item for item in overrides]
+    is_given = any(item.startswith(("stage=", "experiment=")) for item in settings)
+    return settings if is_given else [*settings, "stage=pseudo_label"]
 
 
 def label(config: TrainConfig) -> Path:
