@@ -198,7 +198,7 @@ class Predictor:
         model_size = inference_size(size, short_side or self.facts.short_side, self.model.encoder.patch_size)
         resized = crop_image(pixels, full_window(size, model_size), size)
         batch = torch.from_numpy(resized).permute(2, 0, 1)[None].to(self.device)
-        values = self.model(normalize(batch)).values
+        values = self.model(normalize(batch, self.facts.mean, self.facts.std)).values
         restored = F.interpolate(values[:, None].float(), size, mode="bilinear", align_corners=True)[0, 0]
         return Prediction(values=restored.cpu().numpy(), kind=self.kind, unit=self.unit)
 

@@ -1,5 +1,6 @@
 """Running one of our configs through Hydra's command line."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,8 @@ from depthkit.runtime.quiet import keep_back_noise
 def hydra_main(verb: str, argv: list[str], run: Callable[[Any], Any], *, config_name: str | None = None) -> int:
     """Compose `conf/CONFIG_NAME.yaml` with the overrides in `argv` and call `run` with the dataclass; the exit code.
 
-    A mistake in the settings or the input is one message; any other exception keeps its traceback.
+    A mistake in the settings or the input is one message; any other exception keeps its traceback, and so does every
+    one with HYDRA_FULL_ERROR=1.
     """
     register_schemas()
     keep_back_noise()
@@ -30,6 +32,8 @@ def hydra_main(verb: str, argv: list[str], run: Callable[[Any], Any], *, config_
         try:
             return run(to_config(cfg))
         except (ValueError, OSError, QuarantineBudgetExceeded) as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
             print(f"depthkit {verb}: {type(error).__name__}: {error}", file=sys.stderr)
             raise SystemExit(1) from None
 

@@ -85,7 +85,7 @@ def label(config: TrainConfig) -> Path:
             pin_memory=torch.cuda.is_available(),
         )
         with shards:
-            trainer.predict(PseudoLabelModule(model), loader, return_predictions=False)
+            trainer.predict(PseudoLabelModule(model, mean=facts.mean, std=facts.std), loader, return_predictions=False)
     trainer.strategy.barrier("labels")
     if trainer.is_global_zero:
         done = f"{len(pending)} of {len(images.shards)} shards written in this run"

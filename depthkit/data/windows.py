@@ -114,9 +114,9 @@ def _nearest(start: int, length: int, num: int, image_length: int, target_length
     return np.minimum((centres * (target_length / image_length)).astype(np.int64), target_length - 1)
 
 
-def normalize(image: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to float32 with ImageNet's mean and standard deviation, as the encoders were trained."""
-    mean = image.new_tensor(IMAGENET_MEAN, dtype=torch.float32).view(3, 1, 1)
-    std = image.new_tensor(IMAGENET_STD, dtype=torch.float32).view(3, 1, 1)
+def normalize(image: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
+    """uint8 (B, 3, H, W) to float32 `(image / 255 - mean) / std`, by default as DINOv2 was trained."""
+    means = image.new_tensor(mean, dtype=torch.float32).view(3, 1, 1)
+    stds = image.new_tensor(std, dtype=torch.float32).view(3, 1, 1)
     # In place: on a CPU new memory for each step of the formula costs more than the arithmetic.
-    return image.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)
+    return image.to(torch.float32, copy=True).div_(255).sub_(means).div_(stds)

@@ -13,16 +13,18 @@ from depthkit.models import DepthModel
 class PseudoLabelModule(L.LightningModule):
     """Predicts disparity for chunks of images: index in the shard -> (H, W) float32. Sky, where it is known, is 0."""
 
-    def __init__(self, model: DepthModel) -> None:
+    def __init__(self, model: DepthModel, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
+        self.mean = mean
+        self.std = std
         # With more ranks than shards left some have nothing to do, but all of them must come to the first barrier.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def predict_step(self, batch: ImageChunk, batch_idx: int) -> dict[int, np.ndarray]:
         disparity: dict[int, np.ndarray] = {}
         for group in batch.groups:
-            values = self.model(normalize(group.images.to(self.device))).values.float()
+            values = self.model(normalize(group.images.to(self.device), self.mean, self.std)).values.float()
             values = values.masked_fill(group.sky.to(self.device), 0.0)
             disparity.update(zip(group.indices, values.cpu().numpy(), strict=True))
         return disparity
