@@ -4,12 +4,14 @@ All are elementwise formulas on valid (finite, positive) values and work on nump
 caller masks. Pixel centres are at +0.5: column u of an image covers [u, u + 1).
 """
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from torch import Tensor
 
-ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
+if TYPE_CHECKING:  # processes that render or pack need numpy alone, and torch takes seconds to load
+    from torch import Tensor
+
+ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, "Tensor")
 
 
 def reciprocal(values: ArrayOrTensor) -> ArrayOrTensor:

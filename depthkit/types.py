@@ -3,11 +3,15 @@
 Shapes: B images, H/W pixels, h/w patches, C channels.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:  # see geometry.py
+    from torch import Tensor
 
 Kind = Literal["disparity", "depth"]
 """`disparity`: inverse depth up to scale and shift, larger = nearer. `depth`: planar z in metres, larger = farther."""
