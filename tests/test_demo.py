@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ OVERRIDES = ["data.num_workers=0", "trainer.enable_progress_bar=false"]
 class Demo(NamedTuple):
     config: DemoConfig
     summary: dict[str, Any]
-    seconds: float
 
     @property
     def out(self) -> Path:
@@ -35,9 +33,8 @@ def read_summary(out: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     config = DemoConfig(seed=3, out=str(tmp_path_factory.mktemp("demo")), scale=0.01, overrides=OVERRIDES)
-    start = time.monotonic()
     demo(config)
-    return Demo(config, read_summary(Path(config.out)), time.monotonic() - start)
+    return Demo(config, read_summary(Path(config.out)))
 
 
 def test_summary_says_protocol_seed_metrics_and_time(done, compose):
@@ -48,7 +45,7 @@ def test_summary_says_protocol_seed_metrics_and_time(done, compose):
         assert 0 < done.summary[model]["abs_rel"] < math.inf
         assert 0 <= done.summary[model]["delta1"] <= 1
     assert done.summary["images"] == 24
-    assert 0 < done.summary["seconds"] <= done.seconds
+    assert done.summary["seconds"] > 0
 
 
 def test_report_and_pictures(done):
@@ -68,9 +65,7 @@ def test_each_stage_leaves_its_result(done):
 def test_a_finished_demo_is_not_trained_again(done):
     weights = done.out / "tiny_student" / "bundle" / "model.safetensors"
     written = weights.stat().st_mtime_ns
-    start = time.monotonic()
     demo(done.config)
-    assert time.monotonic() - start < 0.7 * done.seconds
     assert weights.stat().st_mtime_ns == written
     again = read_summary(done.out)
     assert {**again, "seconds": 0} == {**done.summary, "seconds": 0}
