@@ -58,7 +58,7 @@ def main() -> None:
         root = Path(folder)
         source = f"data.labeled.source.world.num_images={num_images}"
         target = f"data.unlabeled.target.world.num_images={num_images}"
-        student = compose(root, "tiny_student", source, target)
+        student = compose(root, "tiny_student", source, target, "stage.encoder_weights=null")
         render_missing(student.data.unlabeled)
         results = {"teacher": train(compose(root, "tiny_teacher", source), steps=steps, interval=interval)}
         label(compose(root, "tiny_label"))
