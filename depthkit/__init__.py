@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from depthkit.bundle import Predictor
+    from depthkit.inference import Predictor
 
 
 def load(path: str, device: str = "auto") -> "Predictor":
-    """Load a bundle (a folder with `model.safetensors` and `model.json`) for prediction; see `depthkit.bundle.load`."""
-    from depthkit.bundle import load as load_bundle
+    """Load a model for prediction; see `depthkit.inference.load`."""
+    from depthkit.inference import load as load_predictor
 
-    return load_bundle(path, device=device)
+    return load_predictor(path, device=device)

@@ -13,7 +13,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from rich.console import Console
 
-from depthkit.bundle import load
 from depthkit.config import CONF_DIR, DemoConfig, TrainConfig, register_schemas, to_config
 from depthkit.data.datamodule import render_missing
 from depthkit.evaluation.evaluate import evaluate
@@ -22,6 +21,7 @@ from depthkit.evaluation.report import write_report
 from depthkit.evaluation.results import Evaluation, save, summary_table
 from depthkit.files import atomic_write
 from depthkit.hydra_entry import hydra_main
+from depthkit.inference import load
 from depthkit.train import run
 
 FROM_PRETRAINED = {"tiny_teacher": ["stage.encoder_weights='${paths.runs}/tiny_pretrain/bundle'"]}

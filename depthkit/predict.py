@@ -16,9 +16,9 @@ import cv2
 from rich.console import Console
 from rich.progress import track
 
-from depthkit.bundle import Predictor, load
 from depthkit.data.decode import encode_disparity
 from depthkit.files import atomic_write
+from depthkit.inference import Predictor, load
 from depthkit.types import Kind, Prediction
 from depthkit.visualize import (
     COLORMAPS,

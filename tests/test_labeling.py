@@ -18,7 +18,7 @@ from handmade import grey_levels, jpeg, png, unlabeled_sample, write_dataset
 
 import depthkit
 from depthkit import label as label_module
-from depthkit.bundle import load, read_facts
+from depthkit.bundle import read_facts
 from depthkit.config import ConfigError, DatasetConfig
 from depthkit.data.decode import decode_image, decode_target
 from depthkit.data.labeling import ImageChunks, LabelShards
@@ -27,6 +27,7 @@ from depthkit.data.quarantine import QuarantineBudgetExceeded, SampleError
 from depthkit.data.reader import DatasetReader
 from depthkit.data.shards import ShardReader, image_member, verify_shard
 from depthkit.data.windows import crop_image, full_window, normalize
+from depthkit.inference import load
 from depthkit.label import label
 from depthkit.stages.pseudo_label import PseudoLabelModule
 

@@ -61,7 +61,7 @@ def test_the_source_is_found():
     assert "depthkit.losses" in MODULES
     assert ours("depthkit.losses") == {"depthkit.alignment"}
     assert theirs("depthkit.losses") == {"torch"}
-    assert "depthkit.bundle" in ours("depthkit")
+    assert "depthkit.inference" in ours("depthkit")
     assert "cv2" in imports("depthkit.data.datamodule") - imports("depthkit.data.datamodule", into_functions=False)
 
 

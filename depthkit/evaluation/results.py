@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from depthkit import __version__
-from depthkit.bundle import Predictor
 from depthkit.config import ProtocolConfig
 from depthkit.evaluation.ground_truth import EvaluationSet
 from depthkit.evaluation.protocols import protocol_fields, protocol_id
 from depthkit.files import atomic_write
+from depthkit.inference import Predictor
 from depthkit.metrics import METRICS
 from depthkit.types import Rejection
 
