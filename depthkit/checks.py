@@ -1,8 +1,8 @@
 """What settings say together. Everything here is judged before a job is queued; no sample is opened."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from depthkit.config import (
     ConfigError,
@@ -18,12 +18,16 @@ from depthkit.data.manifest import load_manifest
 from depthkit.data.reader import labels_manifest, usable_target
 from depthkit.types import Kind
 
+if TYPE_CHECKING:
+    from depthkit.models import Encoder
+
 
 def validate(config: TrainConfig) -> None:
     """Raise `ConfigError` for the first combination of settings that cannot work, with both values in the message."""
     if isinstance(config.stage, PseudoLabelConfig):
         return
     check_streams(config)
+    check_model(config)
     check_sizes(config)
     check_steps(config)
     kind: Kind | None = None if isinstance(config.stage, PretrainConfig) else "disparity"
@@ -68,10 +72,10 @@ def check_streams(config: TrainConfig) -> None:
 
 
 def check_sizes(config: TrainConfig) -> None:
-    patch = patch_size(config.model)
+    multiple = size_multiple(config.model)
     for side in config.data.crop_size:
-        allowed = f"positive multiples of {patch}, the patch size of model.encoder={config.model.encoder}"
-        check(side > 0 and side % patch == 0, "data.crop_size", list(config.data.crop_size), allowed)
+        allowed = f"positive multiples of {multiple}, as model.encoder={config.model.encoder} needs"
+        check(side > 0 and side % multiple == 0, "data.crop_size", list(config.data.crop_size), allowed)
     augment = config.data.augment
     elongation = max(config.data.crop_size) / min(config.data.crop_size)
     fits = augment.cutmix_area[1] * max(1.0, elongation * augment.cutmix_aspect) < 1
@@ -117,16 +121,45 @@ def check_validation(config: TrainConfig) -> None:
     check(not images or total >= world_size, "trainer.limit_val_batches", limit, allowed)
 
 
-def patch_size(model: ModelConfig) -> int:
-    """Pixels on a side of a patch, from `encoder_args` or the timm name, without building the model."""
-    if "patch_size" in model.encoder_args:
-        return int(model.encoder_args["patch_size"])
-    found = re.search(r"patch(\d+)", model.encoder)
-    if found is None:
-        raise ConfigError(
-            f"model.encoder={model.encoder}: its name shows no patch size; give model.encoder_args.patch_size"
-        )
-    return int(found[1])
+def check_model(config: TrainConfig) -> None:
+    """The stage can train the model."""
+    from depthkit.models import PlainEncoder
+
+    is_relative = config.model.max_depth is None
+    allowed = f"null for stage={config.stage.name}: it trains disparity"
+    check(is_relative, "model.max_depth", config.model.max_depth, allowed)
+    if isinstance(config.stage, PretrainConfig):
+        is_plain = isinstance(describe_encoder(config.model), PlainEncoder)
+        allowed = "a vision transformer with class token and learned positions for stage=pretrain: it hides patches"
+        check(is_plain, "model.encoder", config.model.encoder, allowed)
+
+
+def size_multiple(model: ModelConfig) -> int:
+    """Pixels: sides of the encoder's input are multiples of it."""
+    return describe_encoder(model).multiple
+
+
+def describe_encoder(model: ModelConfig) -> "Encoder":
+    """The encoder without memory for its weights; ConfigError where it cannot be built or takes one image size only."""
+    import torch  # a command that checks no model does not wait for it
+
+    from depthkit.models import build_encoder
+
+    with torch.device("meta"):
+        try:
+            encoder = build_encoder(model)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        for height, width in ((2, 3), (3, 2), (5, 5)):
+            size = (height * encoder.multiple, width * encoder.multiple)
+            try:
+                encoder(torch.empty(2, 3, *size))
+            except (RuntimeError, AssertionError) as error:
+                reason = f"{error}; depth needs an encoder for images of any size"
+                raise ConfigError(
+                    f"model.encoder={model.encoder} does not take an image of {size}: {reason}"
+                ) from error
+    return encoder
 
 
 def num_steps(config: TrainConfig) -> int:

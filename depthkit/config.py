@@ -35,14 +35,16 @@ def check(condition: bool, field_name: str, value: object, allowed: str) -> None
 class ModelConfig:
     """What a bundle needs to rebuild the network; no training choice in it."""
 
-    encoder: str = MISSING  # timm name of a vision transformer
+    encoder: str = MISSING  # timm name: a vision transformer, or a network with stages (ResNet, ConvNeXt, Swin)
     encoder_args: dict[str, Any] = field(default_factory=dict)  # passed to timm: img_size, embed_dim, depth, ...
     conv_stem: bool = False  # stride-2 convolutions instead of the linear patch embedding
-    tap_layers: list[int] = MISSING  # the four blocks the decoder reads, 0-based
+    tap_layers: list[int] = MISSING  # the four blocks (or stages) that the decoder reads, 0-based
     features: int = MISSING  # decoder width
     out_channels: list[int] = MISSING  # decoder widths per tap, before they become `features`
+    max_depth: float | None = None  # metres: sigmoid x this, predicts depth; null: disparity, >= 0
 
     def __post_init__(self) -> None:
+        check(self.max_depth is None or self.max_depth > 0, "model.max_depth", self.max_depth, "> 0 (metres) or null")
         check(len(self.tap_layers) == 4, "model.tap_layers", self.tap_layers, "four block indices")
         check(list(self.tap_layers) == sorted(set(self.tap_layers)), "model.tap_layers", self.tap_layers, "increasing")
         check(len(self.out_channels) == 4, "model.out_channels", self.out_channels, "four widths")

@@ -51,7 +51,7 @@ def label(config: TrainConfig) -> Path:
         images=images.name,
         images_digest=images.digest(),
         teacher_sha256=facts.sha256,
-        resolution=f"shorter side {short_side} px, aspect kept, sides multiples of {model.encoder.patch_size}",
+        resolution=f"shorter side {short_side} px, aspect kept, sides multiples of {model.encoder.multiple}",
         code_version=depthkit.__version__,
     )
     shards = LabelShards(Path(stage.out), images, origin)
@@ -74,7 +74,7 @@ def label(config: TrainConfig) -> Path:
         pending[trainer.global_rank :: trainer.world_size],
         chunk_size=stage.batch_size,
         short_side=short_side,
-        multiple=model.encoder.patch_size,
+        multiple=model.encoder.multiple,
     )
     if pending:
         loader = DataLoader(

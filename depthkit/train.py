@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from depthkit.bundle import BundleFacts, load_encoder_weights, read_facts, save_bundle
-from depthkit.checks import num_steps, patch_size, validate
+from depthkit.checks import num_steps, size_multiple, validate
 from depthkit.config import (
     ConfigError,
     PretrainConfig,
@@ -28,7 +28,7 @@ from depthkit.data.manifest import load_manifest
 from depthkit.files import atomic_write
 from depthkit.hydra_entry import hydra_main
 from depthkit.label import label
-from depthkit.models import DepthModel, build_encoder, build_model
+from depthkit.models import DepthModel, PlainEncoder, build_encoder, build_model
 from depthkit.runtime.checkpoint import newest_checkpoint
 from depthkit.runtime.quarantine import QuarantineMonitor
 from depthkit.stages.base import DepthModule, val_name
@@ -93,7 +93,7 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
         config.data,
         seed=config.seed,
         num_steps=config.trainer.max_steps * config.trainer.accumulate_grad_batches,
-        patch_size=patch_size(config.model),
+        multiple=size_multiple(config.model),
         target_kind=None if isinstance(config.stage, PretrainConfig) else "disparity",
         limit_val=config.trainer.limit_val_batches,
     )
@@ -116,7 +116,9 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
 
 def build_pretrain(config: TrainConfig) -> L.LightningModule:
     assert isinstance(config.stage, PretrainConfig)
-    return PretrainModule(build_encoder(config.model), config.stage, config.optim, seed=config.seed)
+    encoder = build_encoder(config.model)
+    assert isinstance(encoder, PlainEncoder)
+    return PretrainModule(encoder, config.stage, config.optim, seed=config.seed)
 
 
 def build_teacher(config: TrainConfig) -> L.LightningModule:

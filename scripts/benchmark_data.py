@@ -222,7 +222,7 @@ def our_batches(folder: Path, stream: str, batch_size: int) -> Iterator[Any]:
     datasets = {"benchmark": DatasetConfig(manifest=str(folder / "images.json"), labels=labels)}
     groups: dict[str, Any] = {stream: datasets}
     config = DataConfig(**groups, crop_size=[CROP, CROP], batch_size=batch_size, num_workers=0, augment=PERTURBED)
-    data = DepthDataModule(config, seed=0, num_steps=NEVER_ENDING, patch_size=PATCH)
+    data = DepthDataModule(config, seed=0, num_steps=NEVER_ENDING, multiple=PATCH)
     for batch in data.train_loader():
         yield data.on_after_batch_transfer(batch, 0)
 

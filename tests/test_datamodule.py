@@ -46,7 +46,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 
 def load(config: DataConfig, *, seed: int = 0, num_steps: int = 6, **position: int) -> Batches:
-    module = DepthDataModule(config, seed=seed, num_steps=num_steps, patch_size=8)
+    module = DepthDataModule(config, seed=seed, num_steps=num_steps, multiple=8)
     return list(module.train_loader(**position))
 
 
@@ -164,7 +164,7 @@ def test_without_unlabeled_data_the_whole_batch_is_labeled(config: DataConfig):
 
 
 def test_batches_are_normalised_and_mixed_after_the_transfer(config: DataConfig, reference: Batches):
-    module = DepthDataModule(config, seed=0, num_steps=6, patch_size=8)
+    module = DepthDataModule(config, seed=0, num_steps=6, multiple=8)
     raw = reference[0]["unlabeled"]
     assert raw["cutmix_box"][:, 2].any()
     batch = module.transfer_batch_to_device(reference[0], torch.device("cpu"), 0)
@@ -182,7 +182,7 @@ def test_batches_are_normalised_and_mixed_after_the_transfer(config: DataConfig,
 
 
 def test_a_rejection_passes_through(config: DataConfig):
-    module = DepthDataModule(config, seed=0, num_steps=1, patch_size=8)
+    module = DepthDataModule(config, seed=0, num_steps=1, multiple=8)
     rejection = Rejection(dataset="d", shard="s", key="k", reason="r")
     moved = module.transfer_batch_to_device(rejection, torch.device("cpu"), 0)
     assert module.on_after_batch_transfer(moved, 0) is rejection
@@ -194,7 +194,7 @@ def test_a_rejection_passes_through(config: DataConfig):
 def val_keys(config: DataConfig, *, world_size: int, limit: int | None = None) -> list[list[str]]:
     keys = []
     for rank in range(world_size):
-        module = DepthDataModule(config, seed=0, num_steps=1, patch_size=8, limit_val=limit)
+        module = DepthDataModule(config, seed=0, num_steps=1, multiple=8, limit_val=limit)
         module.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
         keys.append([key for batch in module.val_dataloader() for key in batch["key"]])
     return keys
@@ -246,7 +246,7 @@ def test_missing_worlds_are_rendered_once(tmp_path: Path):
         batch_size=2,
         num_workers=0,
     )
-    module = DepthDataModule(config, seed=0, num_steps=1, patch_size=8)
+    module = DepthDataModule(config, seed=0, num_steps=1, multiple=8)
     module.prepare_data()
     (tar,) = manifest.parent.glob("*.tar")
     written = tar.stat().st_mtime_ns

@@ -6,15 +6,15 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from depthkit.models.encoder import ConvStem, Encoder, interpolate_position_embedding
+from depthkit.models.encoder import ConvStem, PlainEncoder, create_encoder, interpolate_position_embedding
 
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 
 
 @pytest.fixture(scope="module")
-def encoder() -> Encoder:
+def encoder() -> PlainEncoder:
     torch.manual_seed(0)
-    model = Encoder("vit_tiny_patch16_224", tap_layers=[0, 1, 3], **ARGS).eval()
+    model = create_encoder("vit_tiny_patch16_224", tap_layers=[0, 1, 3], **ARGS).eval()
     torch.nn.init.normal_(model.vit.pos_embed)
     return model
 
@@ -100,7 +100,7 @@ def test_taps_differ_from_timms_resampling_at_other_sizes(encoder):
 
 def test_features_are_of_the_last_block_when_no_tap_is(encoder):
     torch.manual_seed(0)
-    shallow = Encoder("vit_tiny_patch16_224", tap_layers=[0, 1], **ARGS).eval()
+    shallow = create_encoder("vit_tiny_patch16_224", tap_layers=[0, 1], **ARGS).eval()
     shallow.load_state_dict(encoder.state_dict())
     image = torch.randn(1, 3, 40, 32)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_features_are_of_the_last_block_when_no_tap_is(encoder):
 
 
 def test_registers_are_dropped_with_the_class_token():
-    model = Encoder("vit_tiny_patch16_224", tap_layers=[3], reg_tokens=4, **ARGS).eval()
+    model = create_encoder("vit_tiny_patch16_224", tap_layers=[3], reg_tokens=4, **ARGS).eval()
     image = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         taps, _ = model(image)
@@ -121,7 +121,7 @@ def test_embed_then_encode_is_forward(encoder):
     image = torch.randn(1, 3, 16, 40)
     with torch.no_grad():
         _, expected = encoder(image)
-        _, found = encoder.encode(encoder.embed(image), encoder.patch_grid(image))
+        _, found = encoder.encode(encoder.embed(image), encoder.grid(image))
     assert torch.equal(found, expected)
 
 
@@ -130,27 +130,30 @@ def test_embed_then_encode_is_forward(encoder):
 
 @pytest.mark.parametrize("size", [(33, 32), (32, 20), (7, 7)])
 def test_sizes_that_are_no_multiple_of_the_patch(encoder, size):
-    with pytest.raises(ValueError, match=rf"image size \({size[0]}, {size[1]}\) is not a multiple of the patch size 8"):
+    with pytest.raises(ValueError, match=rf"image size \({size[0]}, {size[1]}\) is not a multiple of 8"):
         encoder(torch.zeros(1, 3, *size))
 
 
 def test_tap_layers_must_exist():
     with pytest.raises(ValueError, match=r"model\.tap_layers=\[1, 4\]: vit_tiny_patch16_224 has blocks 0 to 3"):
-        Encoder("vit_tiny_patch16_224", tap_layers=[1, 4], **ARGS)
+        create_encoder("vit_tiny_patch16_224", tap_layers=[1, 4], **ARGS)
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("resnet18", {}, r"model\.encoder=resnet18: expected a timm vision transformer"),
         ("vit_giant", {}, r"model\.encoder=vit_giant: timm .* has no such model"),
         ("vit_tiny_patch16_224", {"width": 3}, r"model\.encoder_args; .*width"),
-        ("vit_tiny_patch16_224", {"pos_embed": "none"}, "learned position embeddings"),
+        (
+            "resnet18",
+            {"patch_size": 8},
+            r"model\.encoder=resnet18: does not take these model\.encoder_args; .*patch_size",
+        ),
     ],
 )
 def test_other_networks_are_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):
-        Encoder(name, tap_layers=[0], **arguments)
+        create_encoder(name, tap_layers=[0], **arguments)
 
 
 def test_mask_token_is_frozen_and_part_of_the_weights(encoder):
@@ -160,7 +163,7 @@ def test_mask_token_is_frozen_and_part_of_the_weights(encoder):
 
 def test_conv_stem():
     torch.manual_seed(0)
-    model = Encoder("vit_tiny_patch16_224", tap_layers=[3], conv_stem=True, **ARGS)
+    model = create_encoder("vit_tiny_patch16_224", tap_layers=[3], conv_stem=True, **ARGS)
     stem = model.vit.patch_embed
     assert isinstance(stem, ConvStem)
     assert [layer.stride for layer in stem.layers if isinstance(layer, torch.nn.Conv2d)] == [(2, 2)] * 3 + [(1, 1)]
@@ -173,7 +176,9 @@ def test_conv_stem():
 
 def test_conv_stem_needs_a_power_of_two():
     with pytest.raises(ValueError, match="power of two, got 14"):
-        Encoder("vit_tiny_patch16_224", tap_layers=[3], conv_stem=True, **{**ARGS, "patch_size": 14, "img_size": 28})
+        create_encoder(
+            "vit_tiny_patch16_224", tap_layers=[3], conv_stem=True, **{**ARGS, "patch_size": 14, "img_size": 28}
+        )
 
 
 def test_bicubic_reference_is_torchs():

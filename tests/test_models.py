@@ -42,7 +42,7 @@ def test_models_have_the_published_size(compose, name):
     total, encoder, tensors = PUBLISHED[name]
     assert num_parameters(model) == total
     assert len(model.state_dict()) == tensors
-    assert model.encoder.patch_size == 14
+    assert model.encoder.multiple == 14
     assert model.encoder.vit.pos_embed.shape[1] == 1 + 37 * 37
     if encoder is not None:
         assert num_parameters(model.encoder) == encoder
@@ -114,7 +114,7 @@ def test_unused_merge_unit_changes_nothing():
 
 def test_every_tap_reaches_the_output():
     torch.manual_seed(0)
-    decoder = DPTDecoder(encoder_width=32, features=16, out_channels=[8, 8, 16, 16], patch_size=8)
+    decoder = DPTDecoder(widths=[32] * 4, strides=[8] * 4, features=16, out_channels=[8, 8, 16, 16])
     taps = [torch.randn(1, 32, 4, 5, requires_grad=True) for _ in range(4)]
     decoder(taps).sum().backward()
     assert all(tap.grad is not None and tap.grad.any() for tap in taps)
@@ -122,7 +122,7 @@ def test_every_tap_reaches_the_output():
 
 def test_resolutions_inside_the_decoder():
     """x4, x2, x1, x1/2 of the patch grid, each fusion doubling up to x8, then the image (Ranftl et al. 2021)."""
-    decoder = DPTDecoder(encoder_width=32, features=16, out_channels=[8, 8, 16, 16], patch_size=8)
+    decoder = DPTDecoder(widths=[32] * 4, strides=[8] * 4, features=16, out_channels=[8, 8, 16, 16])
     sizes = {}
     for index in range(4):
         decoder.resizes[index].register_forward_hook(
@@ -152,3 +152,34 @@ def test_images_of_a_batch_do_not_mix():
         together = model(images).values
         alone = torch.cat([model(image[None]).values for image in images])
     torch.testing.assert_close(together, alone)
+
+
+# --- metric head, pyramids -------------------------------------------------------------------------------------------
+
+
+def test_metric_output_is_a_sigmoid_times_the_range():
+    torch.manual_seed(0)
+    model = build_model(tiny(max_depth=20.0)).eval()
+    image = torch.randn(1, 3, 32, 32)
+    logits = {}
+    model.decoder.head_out[2].register_forward_hook(lambda _, __, output: logits.update(values=output))
+    with torch.no_grad():
+        values = model(image).values
+    torch.testing.assert_close(values, 20 / (1 + torch.exp(-logits["values"][:, 0])))
+    assert 0 < values.min() < values.max() < 20
+
+
+def test_metric_and_relative_models_have_the_same_weights():
+    assert build_model(tiny(max_depth=20.0)).state_dict().keys() == build_model(tiny()).state_dict().keys()
+
+
+def test_a_pyramid_is_not_resized():
+    decoder = DPTDecoder(widths=[8, 12, 16, 20], strides=[4, 8, 16, 32], features=16, out_channels=[8, 8, 16, 16])
+    assert all(isinstance(resize, nn.Identity) for resize in decoder.resizes)
+    maps = [torch.randn(1, width, 64 // s, 96 // s) for width, s in zip([8, 12, 16, 20], [4, 8, 16, 32], strict=True)]
+    assert decoder(maps).shape == (1, 64, 96)
+
+
+def test_strides_that_cannot_be_fused():
+    with pytest.raises(ValueError, match=r"cannot fuse maps of strides \[4, 8, 64, 128\]"):
+        DPTDecoder(widths=[8] * 4, strides=[4, 8, 64, 128], features=16, out_channels=[8] * 4)

@@ -291,7 +291,7 @@ def test_a_run_over_broken_data_ends_with_the_summary(tmp_path: Path, budget: fl
     manifest = write_dataset(tmp_path / "data", samples)
     labeled = {"rooms": DatasetConfig(manifest=str(manifest))}
     config = DataConfig(labeled=labeled, crop_size=[32, 32], batch_size=12, num_workers=0)
-    data = DepthDataModule(config, seed=0, num_steps=16, patch_size=8)
+    data = DepthDataModule(config, seed=0, num_steps=16, multiple=8)
     monitor = QuarantineMonitor(tmp_path / "quarantine", max_fraction=budget)
     module = CountSteps()
     trainer = L.Trainer(

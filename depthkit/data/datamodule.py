@@ -24,7 +24,7 @@ class DepthDataModule(L.LightningDataModule):
     """Batches `{"labeled": Batch, "unlabeled": Batch}`, the ratio exact on every rank; whole images to validate.
 
     `num_steps` counts batches. Training targets are in `target_kind`; None reads images alone. Validation images keep
-    their aspect: shorter side as the crop, sides multiples of `patch_size`; their targets are depth in metres.
+    their aspect: shorter side as the crop, sides multiples of `multiple`; their targets are depth in metres.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class DepthDataModule(L.LightningDataModule):
         *,
         seed: int,
         num_steps: int,
-        patch_size: int,
+        multiple: int,
         target_kind: Kind | None = "disparity",
         limit_val: int | None = None,
     ) -> None:
@@ -41,7 +41,7 @@ class DepthDataModule(L.LightningDataModule):
         self.config = config
         self.seed = seed
         self.num_steps = num_steps
-        self.patch_size = patch_size
+        self.multiple = multiple
         self.target_kind = target_kind
         self.limit_val = limit_val
 
@@ -75,7 +75,7 @@ class DepthDataModule(L.LightningDataModule):
             return []
         readers = [DatasetReader(name, dataset, "depth") for name, dataset in self.config.val.items()]
         dataset = WholeImages(
-            readers, short_side=min(self.config.crop_size), multiple=self.patch_size, limit=self.limit_val
+            readers, short_side=min(self.config.crop_size), multiple=self.multiple, limit=self.limit_val
         )
         assert self.trainer is not None
         # Every rank takes its own images and none is padded, so the mean is over each image once.

@@ -4,12 +4,12 @@ from torch import Tensor, nn
 
 from depthkit.config import ModelConfig
 from depthkit.models.dpt import DPTDecoder
-from depthkit.models.encoder import Encoder
+from depthkit.models.encoder import Encoder, create_encoder
 from depthkit.types import ModelOutput
 
 
 class DepthModel(nn.Module):
-    """Image (B, 3, H, W), sides multiples of the patch, to `ModelOutput`: values (B, H, W) >= 0 and final features."""
+    """Image (B, 3, H, W), sides multiples of `encoder.multiple`, to `ModelOutput`: values (B, H, W) and features."""
 
     def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class DepthModel(nn.Module):
 
 def build_encoder(config: ModelConfig, *, pretrained: bool = False) -> Encoder:
     """The encoder alone, with random weights or, `pretrained`, with timm's (downloaded from its hub)."""
-    return Encoder(
+    return create_encoder(
         config.encoder,
         tap_layers=config.tap_layers,
         conv_stem=config.conv_stem,
@@ -36,9 +36,10 @@ def build_model(config: ModelConfig, *, pretrained_encoder: bool = False) -> Dep
     """The model that `config` describes, with random weights (encoder from timm's hub with `pretrained_encoder`)."""
     encoder = build_encoder(config, pretrained=pretrained_encoder)
     decoder = DPTDecoder(
-        encoder_width=encoder.width,
+        widths=encoder.widths,
+        strides=encoder.strides,
         features=config.features,
         out_channels=config.out_channels,
-        patch_size=encoder.patch_size,
+        max_depth=config.max_depth,
     )
     return DepthModel(encoder, decoder)

@@ -1,9 +1,9 @@
 """The DPT decoder (Ranftl et al. 2021) in the form that Depth Anything uses: no batch norm, no class token readout.
 
-Shapes: B images, h/w patches, D encoder width, f decoder width, P patch size.
+Shapes: B images, H/W pixels, D encoder width, s stride in pixels, f decoder width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,48 +13,66 @@ HEAD_WIDTH = 32
 
 
 class DPTDecoder(nn.Module):
-    """Four tapped maps (B, D, h, w), shallow first, to one non-negative map (B, h P, w P).
+    """Four tapped maps (B, D_i, H / s_i, W / s_i), shallow first, to one map (B, H, W).
 
-    reassemble: 1x1 to `out_channels[i]`, then x4, x2, x1, x1/2 in resolution, 3x3 to f; fuse from coarse to fine;
-    head: 3x3 to f/2, bilinear to h P x w P, 3x3 to 32, ReLU, 1x1 to 1, ReLU.
+    reassemble: 1x1 to `out_channels[i]`, then to the strides s/4, s/2, s, 2s, where s is that of the third tap (x4, x2,
+    x1, x1/2 for a transformer; nothing to do for a pyramid), 3x3 to f; fuse from coarse to fine; head: 3x3 to f/2,
+    bilinear to (H, W), 3x3 to 32, ReLU, 1x1 to 1, then ReLU (disparity, >= 0) or, with `max_depth` in metres,
+    `max_depth * sigmoid` (depth; Depth Anything V2 metric_depth/dpt.py).
     """
 
-    def __init__(self, *, encoder_width: int, features: int, out_channels: Sequence[int], patch_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int],
+        strides: Sequence[int],
+        features: int,
+        out_channels: Sequence[int],
+        max_depth: float | None = None,
+    ) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        c1, c2, _, c4 = out_channels
-        self.projects = nn.ModuleList([nn.Conv2d(encoder_width, c, 1) for c in out_channels])
-        self.resizes = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(c1, c1, 4, stride=4),
-                nn.ConvTranspose2d(c2, c2, 2, stride=2),
-                nn.Identity(),
-                nn.Conv2d(c4, c4, 3, stride=2, padding=1),
-            ]
-        )
+        self.stride = strides[2]
+        self.max_depth = max_depth
+        factors = [stride * 4 / (self.stride * 2**i) for i, stride in enumerate(strides)]
+        if not set(factors) <= set(RESIZES):
+            raise ValueError(f"model.tap_layers: the decoder cannot fuse maps of strides {list(strides)}")
+        self.projects = nn.ModuleList([nn.Conv2d(d, c, 1) for d, c in zip(widths, out_channels, strict=True)])
+        self.resizes = nn.ModuleList([RESIZES[k](c) for k, c in zip(factors, out_channels, strict=True)])
         self.to_features = nn.ModuleList([nn.Conv2d(c, features, 3, padding=1, bias=False) for c in out_channels])
         self.fusions = nn.ModuleList([FusionBlock(features) for _ in out_channels])
         # The coarsest level has nothing to merge with; official checkpoints hold the unit all the same.
         self.fusions[3].merge.requires_grad_(False)
         self.head_in = nn.Conv2d(features, features // 2, 3, padding=1)
         head_width = min(HEAD_WIDTH, features)
+        last = nn.ReLU() if max_depth is None else nn.Sigmoid()
         self.head_out = nn.Sequential(
-            nn.Conv2d(features // 2, head_width, 3, padding=1), nn.ReLU(), nn.Conv2d(head_width, 1, 1), nn.ReLU()
+            nn.Conv2d(features // 2, head_width, 3, padding=1), nn.ReLU(), nn.Conv2d(head_width, 1, 1), last
         )
-        # A ReLU output that starts negative everywhere has no gradient and would never learn.
-        nn.init.ones_(self.head_out[2].bias)  # type: ignore[arg-type]
+        if max_depth is None:
+            # A ReLU output that starts negative everywhere has no gradient and would never learn.
+            nn.init.ones_(self.head_out[2].bias)  # type: ignore[arg-type]
 
     def forward(self, taps: list[Tensor]) -> Tensor:
-        h, w = taps[0].shape[-2:]
+        h, w = taps[2].shape[-2:]
         levels = zip(taps, self.projects, self.resizes, self.to_features, strict=True)
         maps = [to_features(resize(project(tap))) for tap, project, resize, to_features in levels]
         fused = self.fusions[3](maps[3], None, maps[2].shape[-2:])
         fused = self.fusions[2](fused, maps[2], maps[1].shape[-2:])
         fused = self.fusions[1](fused, maps[1], maps[0].shape[-2:])
         fused = self.fusions[0](fused, maps[0], (2 * maps[0].shape[-2], 2 * maps[0].shape[-1]))
-        size = (h * self.patch_size, w * self.patch_size)
+        size = (h * self.stride, w * self.stride)
         full = F.interpolate(self.head_in(fused), size, mode="bilinear", align_corners=True)
-        return self.head_out(full).squeeze(1)
+        values = self.head_out(full).squeeze(1)
+        return values if self.max_depth is None else self.max_depth * values
+
+
+RESIZES: dict[float, Callable[[int], nn.Module]] = {
+    4: lambda channels: nn.ConvTranspose2d(channels, channels, 4, stride=4),
+    2: lambda channels: nn.ConvTranspose2d(channels, channels, 2, stride=2),
+    1: lambda channels: nn.Identity(),
+    0.5: lambda channels: nn.Conv2d(channels, channels, 3, stride=2, padding=1),
+}
+"""Change of resolution -> the layer that makes it."""
 
 
 class FusionBlock(nn.Module):

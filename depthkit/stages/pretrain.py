@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depthkit.config import OptimConfig, PretrainConfig
-from depthkit.models import Encoder
+from depthkit.models import PlainEncoder
 from depthkit.optim import build_optimizer, linear_schedule, parameter_groups
 from depthkit.types import Batch
 
@@ -20,25 +20,25 @@ class PretrainModule(L.LightningModule):
     patch borders.
     """
 
-    def __init__(self, encoder: Encoder, stage: PretrainConfig, optim: OptimConfig, *, seed: int) -> None:
+    def __init__(self, encoder: PlainEncoder, stage: PretrainConfig, optim: OptimConfig, *, seed: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.encoder.mask_token.requires_grad_(True)
         self.stage = stage
         self.optim = optim
         self.seed = seed
-        self.to_pixels = nn.Conv2d(encoder.width, 3 * encoder.patch_size**2, 1)
+        self.to_pixels = nn.Conv2d(encoder.width, 3 * encoder.multiple**2, 1)
 
     def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor:
         part = batch["unlabeled"]
         image = part["image"]
-        grid = self.encoder.patch_grid(image)
+        grid = self.encoder.grid(image)
         hidden = self.hidden_patches(len(image), grid, batch_idx).to(image.device)
         hidden_pixels = F.interpolate(hidden[:, None].float(), image.shape[-2:]) > 0
         patches = self.encoder.embed(image.masked_fill(hidden_pixels, 0.0))
         patches = torch.where(hidden[..., None], self.encoder.mask_token.to(patches.dtype), patches)
         _, features = self.encoder.encode(patches, grid)
-        prediction = F.pixel_shuffle(self.to_pixels(features), self.encoder.patch_size)
+        prediction = F.pixel_shuffle(self.to_pixels(features), self.encoder.multiple)
         loss = (F.l1_loss(prediction, image, reduction="none") * hidden_pixels).sum() / (3 * hidden_pixels.sum())
         self.log("loss", loss.detach(), prog_bar=True)
         return loss
