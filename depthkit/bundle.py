@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import file_digest
 from pathlib import Path
@@ -53,26 +54,33 @@ class BundleFacts:
 
 
 def save_bundle(folder: Path, module: DepthModel | Encoder, facts: BundleFacts) -> Path:
-    """Write a bundle as a whole: a reader finds the old one or the new one, never a mixture or half.
+    """Write a bundle as a whole: a reader finds the old one or the new one, never a mixture or half."""
+    with write_folder(folder) as temporary:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        text = {"format": FORMAT, "depthkit": depthkit.__version__, **asdict(facts)}
+        text["sha256"] = sha256(temporary / WEIGHTS)
+        (temporary / FACTS).write_text(json.dumps(text, indent=2) + "\n")
+    return folder
 
-    Folders cannot be exchanged in one step everywhere: a process killed between the two renames leaves the old bundle
+
+@contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which stands at `folder`, whole and on disk, when the block ends without an exception.
+
+    Folders cannot be exchanged in one step everywhere: a process killed between the two renames leaves the old one
     beside the place, as `.NAME.RANDOM.old`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
     try:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
-        text = {"format": FORMAT, "depthkit": depthkit.__version__, **asdict(facts)}
-        text["sha256"] = sha256(temporary / WEIGHTS)
-        (temporary / FACTS).write_text(json.dumps(text, indent=2) + "\n")
+        yield temporary
         for path in temporary.iterdir():
             sync_to_disk(path)
         put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def put_in_place(new: Path, folder: Path) -> None:
@@ -118,8 +126,11 @@ def read_weights(folder: Path, facts: BundleFacts) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    """Load weights into `module`; BundleError lists every key that is missing, unexpected or of another shape."""
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: Path, *, assign: bool = False) -> None:
+    """Load weights into `module`; BundleError lists every key that is missing, unexpected or of another shape.
+
+    `assign` puts the tensors themselves in the place of parameters that have no memory yet.
+    """
     own = module.state_dict()
     problems = [f"missing: {name}" for name in own.keys() - state.keys()]
     problems += [f"unexpected: {name}" for name in state.keys() - own.keys()]
@@ -131,7 +142,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: Path) ->
     if problems:
         shown = "\n".join(f"  {problem}" for problem in sorted(problems)[:20])
         raise BundleError(f"{source} does not fit the model ({len(problems)} differences):\n{shown}")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
 
 
 def load_model(folder: Path) -> tuple[DepthModel, BundleFacts]:

@@ -1,0 +1,64 @@
+"""`depthkit export BUNDLE --format hf|onnx|pth --out PATH`: a bundle in the format that another tool loads."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from depthkit.bundle import BundleFacts, load_model
+from depthkit.formats.huggingface import write_huggingface
+from depthkit.formats.model_card import model_card
+from depthkit.formats.official import write_checkpoint
+from depthkit.formats.onnx import TOLERANCE, export_onnx
+from depthkit.models import DepthModel
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="depthkit export", description="A bundle in the format that another tool loads."
+    )
+    parser.add_argument("bundle", type=Path, help="bundle folder")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        required=True,
+        help="hf: a folder for transformers, with a model card; onnx: one file for any batch and image size; pth: the "
+        "keys of the original repositories",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder (hf) or file (onnx, pth)")
+    parser.add_argument("--licence", help="hf: the licence that you publish under; default: what follows from the data")
+    parser.add_argument(
+        "--results", type=Path, nargs="*", default=[], help="hf: results.json files of depthkit evaluate, for the card"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help="onnx: largest relative error (default: %(default)g)"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        model, facts = load_model(arguments.bundle)
+        FORMATS[arguments.format](model, facts, arguments)
+    except (ValueError, OSError) as error:
+        print(f"depthkit export: {error}", file=sys.stderr)
+        return 1
+    print(f"{arguments.out}: written and whole")
+    return 0
+
+
+def to_huggingface(model: DepthModel, facts: BundleFacts, arguments: argparse.Namespace) -> None:
+    card = model_card(facts, results=arguments.results, licence=arguments.licence)
+    write_huggingface(model, facts, arguments.out, card=card)
+
+
+def to_onnx(model: DepthModel, facts: BundleFacts, arguments: argparse.Namespace) -> None:
+    export_onnx(model, facts, arguments.out, tolerance=arguments.tolerance)
+
+
+def to_pth(model: DepthModel, facts: BundleFacts, arguments: argparse.Namespace) -> None:
+    write_checkpoint(model, arguments.out)
+
+
+FORMATS: dict[str, Callable[[DepthModel, BundleFacts, argparse.Namespace], None]] = {
+    "hf": to_huggingface,
+    "onnx": to_onnx,
+    "pth": to_pth,
+}
