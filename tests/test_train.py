@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from depthkit.bundle import read_facts
 from depthkit.config import ConfigError, TrainConfig
-from depthkit.data.manifest import load_manifest
 from depthkit.train import run
 
 EVERY_3 = "callbacks.checkpoint.every_n_train_steps=3"
@@ -220,26 +219,6 @@ def test_validation_metrics_name_their_protocol(finished):
     assert float(rows[-1][name]) == pytest.approx(abs_rel)
     columns = {key for row in logged(run_dir) for key in row if key.startswith("val")}
     assert columns == set(metrics)
-
-
-def test_bundle_says_where_it_comes_from(finished, tiny_world, tiny_labels, tiny_teacher):
-    run_dir, _ = finished
-    facts = read_facts(run_dir / "bundle")
-    assert (facts.content, facts.kind, facts.short_side) == ("depth_model", "disparity", 32)
-    origin = facts.provenance
-    assert (origin["stage"], origin["seed"], origin["steps"]) == ("student", 0, 6)
-    images = load_manifest(tiny_world / "target_train" / "manifest.json")
-    labels = load_manifest(tiny_labels)
-    assert origin["data"]["unlabeled.target"] == {
-        "name": "procedural_target",
-        "split": "train",
-        "digest": images.digest(),
-        "licence": "Apache-2.0 (generated)",
-        "labels_digest": labels.digest(),
-        "teacher_sha256": read_facts(tiny_teacher).sha256,
-    }
-    source = load_manifest(tiny_world / "source_train" / "manifest.json")
-    assert origin["data"]["labeled.source"]["digest"] == source.digest()
 
 
 def test_student_starts_from_the_encoder_of_a_bundle(tiny_config, tiny_teacher, tmp_path):

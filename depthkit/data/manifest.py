@@ -70,13 +70,15 @@ class Shard:
 @dataclass(frozen=True, kw_only=True)
 class LabelsOf:
     """What a pseudo-label set was made from: the images (manifest name and digest), the teacher (hash of its bundle),
-    the rule that sets the resolution the teacher saw, and the version of the code."""
+    the rule that sets the resolution the teacher saw, the version of the code, and the stated licence of each thing
+    that the teacher was made from (`licences.stated_licences`; None in label sets that did not record it yet)."""
 
     images: str
     images_digest: str
     teacher_sha256: str
     resolution: str
     code_version: str
+    teacher_licences: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,10 @@ def save_manifest(manifest: Manifest, path: Path) -> None:
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     """Parsed once more, so that `scale=1000` and `scale=1000.0` are one text and nothing unreadable is written."""
-    return asdict(_parse(Manifest, asdict(manifest), ""))
+    content = asdict(_parse(Manifest, asdict(manifest), ""))
+    if content["labels_of"] and content["labels_of"]["teacher_licences"] is None:
+        del content["labels_of"]["teacher_licences"]  # label sets without it keep their digests
+    return content
 
 
 def _parse(expected: Any, value: Any, key: str) -> Any:
@@ -137,6 +142,10 @@ def _parse(expected: Any, value: Any, key: str) -> Any:
         return None if value is None else _parse(arguments[0], value, key)
     if origin is tuple:
         return _parse_tuple(arguments, value, key)
+    if origin is dict and isinstance(value, dict):
+        return {
+            _parse(arguments[0], name, key): _parse(arguments[1], item, f"{key}.{name}") for name, item in value.items()
+        }
     if origin is Literal and value in arguments:
         return value
     if expected is float and type(value) in (int, float):

@@ -1,0 +1,1 @@
+"""What other tools read and write: official checkpoints, Hugging Face folders, ONNX files, model cards."""
