@@ -110,7 +110,8 @@ def read_facts(folder: Path) -> BundleFacts:
         raise BundleError(f"{folder / FACTS}: this version reads format {FORMAT}; write the bundle again")
     text.pop("depthkit", None)
     try:
-        return BundleFacts(**{**text, "model": ModelConfig(**text["model"])})
+        lists = {name: tuple(text[name]) for name in ("mean", "std") if name in text}
+        return BundleFacts(**{**text, **lists, "model": ModelConfig(**text["model"])})
     except (TypeError, KeyError, ValueError) as error:
         raise BundleError(f"{folder / FACTS}: {error}") from error
 

@@ -15,6 +15,7 @@ from depthkit.data.datamodule import single_thread
 from depthkit.data.labeling import ImageChunks, LabelShards
 from depthkit.data.manifest import LabelsOf, load_manifest
 from depthkit.hydra_entry import hydra_main
+from depthkit.licences import stated_licences
 from depthkit.stages.pseudo_label import PseudoLabelModule, WriteLabels
 
 SHORT_KEYS = ("bundle", "images", "out")
@@ -53,6 +54,7 @@ def label(config: TrainConfig) -> Path:
         teacher_sha256=facts.sha256,
         resolution=f"shorter side {short_side} px, aspect kept, sides multiples of {model.encoder.multiple}",
         code_version=depthkit.__version__,
+        teacher_licences=stated_licences(facts.provenance),
     )
     shards = LabelShards(Path(stage.out), images, origin)
     writer = WriteLabels(shards, max_rejected=config.data.quarantine_budget)

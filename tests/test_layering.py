@@ -84,7 +84,7 @@ def test_models_know_config_and_types(module):
 
 @pytest.mark.parametrize("module", within("depthkit.data"))
 def test_data_knows_no_model_and_no_stage(module):
-    forbidden = ("models", "stages", "evaluation", "export", "runtime", "train", "label", "losses", "bundle")
+    forbidden = ("models", "stages", "evaluation", "formats", "runtime", "train", "label", "losses", "bundle")
     assert not [name for name in ours(module) if is_within(name, *(f"depthkit.{name}" for name in forbidden))]
 
 
@@ -97,8 +97,8 @@ def test_stages_share_the_base_alone(module):
     ]
 
 
-@pytest.mark.parametrize("module", [*within("depthkit.evaluation"), *within("depthkit.export")])
-def test_evaluation_and_export_know_no_stage(module):
+@pytest.mark.parametrize("module", [*within("depthkit.evaluation"), *within("depthkit.formats")])
+def test_evaluation_and_formats_know_no_stage(module):
     forbidden = ("depthkit.stages", "depthkit.train", "depthkit.label", "depthkit.runtime")
     assert not [name for name in ours(module) if is_within(name, *forbidden)]
 

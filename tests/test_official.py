@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_weights import randomise
+from parity_table import randomise
 from torch import Tensor
 
 from depthkit.bundle import BundleError, BundleFacts, load_encoder_weights, load_model, save_bundle

@@ -193,7 +193,8 @@ def keep_origin(path: Path, labels_of: LabelsOf) -> None:
             file.write(text.encode())
         return
     found = json.loads(path.read_text())
-    different = [name for name, value in asdict(labels_of).items() if found.get(name) != value]
+    # Of a field that the folder does not know yet nothing can be said.
+    different = [name for name, value in asdict(labels_of).items() if found.get(name, value) != value]
     if different:
         pairs = "; ".join(f"{name} {found.get(name)!r}, now {getattr(labels_of, name)!r}" for name in different)
         raise ConfigError(f"{path.parent} holds labels of another origin ({pairs}): choose another out=FOLDER")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from timm.layers import GluMlp
+from torch import Tensor
 
 from depthkit.bundle import WEIGHTS, BundleError, BundleFacts, load_strict, sha256, write_folder
 from depthkit.config import ModelConfig
@@ -23,6 +24,7 @@ from depthkit.models import DepthModel, build_model
 ARCHITECTURE = "DepthAnythingForDepthEstimation"
 CONFIG, PROCESSOR, CARD = "config.json", "preprocessor_config.json", "README.md"
 PICKLED_WEIGHTS = "pytorch_model.bin"
+SPLIT_WEIGHTS = f"{WEIGHTS}.index.json"
 CUBIC = 3  # PIL's number, as the processor's config has it
 
 RENAMES = (
@@ -72,6 +74,8 @@ def write_huggingface(model: DepthModel, facts: BundleFacts, folder: Path, *, ca
     It appears as a whole or not at all. BundleError if that class cannot hold the model.
     """
     vit = dinov2_of(model)
+    if facts.model.max_depth is not None and facts.model.max_depth != int(facts.model.max_depth):
+        raise BundleError(f"model.max_depth={facts.model.max_depth}: transformers knows whole metres only")
     is_gated = isinstance(vit.blocks[0].mlp, GluMlp)
     state = {key: tensor.cpu() for key, tensor in model.state_dict().items()}
     with write_folder(folder) as temporary:
@@ -120,7 +124,7 @@ def model_settings(model: DepthModel, facts: BundleFacts) -> dict[str, Any]:
         "head_in_index": -1,
         "head_hidden_size": model.decoder.head_out[0].out_channels,  # type: ignore[union-attr,index]
         "depth_estimation_type": "relative" if config.max_depth is None else "metric",
-        "max_depth": 1 if config.max_depth is None else config.max_depth,
+        "max_depth": 1 if config.max_depth is None else int(config.max_depth),
         "initializer_range": 0.02,
         "dtype": "float32",
         "torch_dtype": "float32",
@@ -161,26 +165,41 @@ def read_huggingface(folder: Path) -> tuple[DepthModel, BundleFacts]:
     settings = read_json(folder / CONFIG)
     config = model_config(settings, folder / CONFIG)
     processor = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
-    path = next((folder / name for name in (WEIGHTS, PICKLED_WEIGHTS) if (folder / name).is_file()), folder / WEIGHTS)
+    path, state = read_weights(folder)
     with torch.device("meta"):
         model = build_model(config)
     layout = huggingface_layout(is_gated=settings["backbone_config"].get("use_swiglu_ffn", False))
     optional = ["encoder.mask_token"]  # configs with `use_mask_token: false`
-    weights = read_layout(read_tensors(path), model.state_dict(), layout, path, optional=optional)
+    weights = read_layout(state, model.state_dict(), layout, path, optional=optional)
     weights.setdefault("encoder.mask_token", torch.zeros(1, settings["backbone_config"].get("hidden_size", 768)))
     load_strict(model, weights, path, assign=True)
-    digest = sha256(path)
     facts = BundleFacts(
         content="depth_model",
         model=config,
         kind="disparity" if config.max_depth is None else "depth",
         short_side=processor.get("size", {}).get("height", SHORT_SIDE),
-        sha256=digest,
-        provenance={"stage": "imported", "source": folder.resolve().name, "source_sha256": digest, "licence": None},
+        sha256=sha256(path),
+        provenance={
+            "stage": "imported",
+            "source": folder.resolve().name,
+            "source_sha256": sha256(path),
+            "licence": None,
+        },
     )
     keys = {"mean": "image_mean", "std": "image_std"}
     statistics: dict[str, Any] = {name: tuple(processor[key]) for name, key in keys.items() if key in processor}
     return model.eval(), replace(facts, **statistics)
+
+
+def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The weights of a folder, and the file that stands for them; of a split model that is the index of its parts."""
+    if (folder / SPLIT_WEIGHTS).is_file():
+        parts = sorted(set(read_json(folder / SPLIT_WEIGHTS).get("weight_map", {}).values()))
+        return folder / SPLIT_WEIGHTS, {
+            key: item for part in parts for key, item in read_tensors(folder / part).items()
+        }
+    path = folder / PICKLED_WEIGHTS if (folder / PICKLED_WEIGHTS).is_file() else folder / WEIGHTS
+    return path, read_tensors(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
