@@ -6,16 +6,18 @@
 Importing the package is cheap: torch and Lightning come in only with the module that needs them.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:
-    from depthkit.inference import Predictor
+    from depthkit.inference import load
+else:
 
+    def __getattr__(name: str) -> Any:
+        if name != "load":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from depthkit.inference import load
 
-def load(path: str, device: str = "auto") -> "Predictor":
-    """Load a model for prediction; see `depthkit.inference.load`."""
-    from depthkit.inference import load as load_predictor
-
-    return load_predictor(path, device=device)
+        return load

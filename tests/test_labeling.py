@@ -18,7 +18,7 @@ from handmade import grey_levels, jpeg, png, unlabeled_sample, write_dataset
 
 import depthkit
 from depthkit import label as label_module
-from depthkit.bundle import read_facts
+from depthkit.bundle import load_model, read_facts
 from depthkit.config import ConfigError, DatasetConfig
 from depthkit.data.decode import decode_image, decode_target
 from depthkit.data.labeling import ImageChunks, LabelShards
@@ -27,7 +27,6 @@ from depthkit.data.quarantine import QuarantineBudgetExceeded, SampleError
 from depthkit.data.reader import DatasetReader
 from depthkit.data.shards import ShardReader, image_member, verify_shard
 from depthkit.data.windows import crop_image, full_window, normalize
-from depthkit.inference import load
 from depthkit.label import label
 from depthkit.stages.pseudo_label import PseudoLabelModule
 
@@ -108,7 +107,7 @@ def test_a_label_is_the_teachers_prediction_within_half_a_code(
     resized = crop_image(pixels, full_window(pixels.shape[:2], size), pixels.shape[:2])
     with torch.inference_mode():
         batch = normalize(torch.from_numpy(resized).permute(2, 0, 1)[None])
-        expected = load(tiny_teacher, device="cpu").model(batch).values[0].numpy()
+        expected = load_model(tiny_teacher)[0](batch).values[0].numpy()
 
     manifest = load_manifest(labels)
     assert manifest.target is not None
