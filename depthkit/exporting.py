@@ -8,7 +8,7 @@ from pathlib import Path
 from depthkit.bundle import BundleFacts, load_model
 from depthkit.formats.huggingface import write_huggingface
 from depthkit.formats.model_card import model_card
-from depthkit.formats.official import write_checkpoint
+from depthkit.formats.official import is_published, write_checkpoint
 from depthkit.formats.onnx import TOLERANCE, export_onnx
 from depthkit.models import DepthModel
 
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         model, facts = load_model(arguments.bundle)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         FORMATS[arguments.format](model, facts, arguments)
     except (ValueError, OSError) as error:
         print(f"depthkit export: {error}", file=sys.stderr)
@@ -55,6 +56,8 @@ def to_onnx(model: DepthModel, facts: BundleFacts, arguments: argparse.Namespace
 
 def to_pth(model: DepthModel, facts: BundleFacts, arguments: argparse.Namespace) -> None:
     write_checkpoint(model, arguments.out)
+    if not is_published(facts.model):
+        print("the original repositories build only ViT-S, B, L and G of full depth: this model needs changes there")
 
 
 FORMATS: dict[str, Callable[[DepthModel, BundleFacts, argparse.Namespace], None]] = {

@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from depthkit.bundle import UNITS, BundleFacts, save_bundle
+from depthkit.bundle import UNITS, BundleError, BundleFacts, save_bundle
 from depthkit.formats.huggingface import read_huggingface
 from depthkit.formats.official import read_checkpoint
 from depthkit.models import DepthModel, Encoder
@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
         print(f"depthkit import: {error}", file=sys.stderr)
         return 1
     print(f"{arguments.out}: {describe(model, facts)}")
+    if arguments.licence is None:
+        print("no licence stated: what is made from these weights will say that it is unknown; see --licence")
     return 0
 
 
@@ -53,6 +55,9 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 def read(path: Path, *, taps: str | None, max_depth: float | None) -> tuple[DepthModel | Encoder, BundleFacts]:
     """The model of a file or folder that somebody else published."""
     if path.is_dir():
+        for option, value in (("--taps", taps), ("--max-depth", max_depth)):
+            if value is not None:
+                raise BundleError(f"{option} {value}: config.json says that itself; leave it out")
         return read_huggingface(path)
     return read_checkpoint(path, taps=taps, max_depth=max_depth)
 

@@ -167,6 +167,12 @@ def published(width: int) -> ModelConfig:
     return ModelConfig(**values)
 
 
+def is_published(config: ModelConfig) -> bool:
+    """Whether the original repositories build this network; taps and range are arguments there."""
+    networks = [replace(published(width), tap_layers=config.tap_layers) for width in PUBLISHED]
+    return replace(config, max_depth=None) in networks
+
+
 def num_blocks(config: ModelConfig) -> int:
     """Blocks of an encoder whose last one is tapped, as in all published models."""
     return config.tap_layers[-1] + 1
