@@ -74,7 +74,8 @@ class PlainEncoder(Encoder):
         """Run the transformer on patch embeddings (B, h, w, D)."""
         prefix = [token for token in (self.vit.cls_token, self.vit.reg_token) if token is not None]
         position = interpolate_position_embedding(self.vit.pos_embed, grid, self.vit.num_prefix_tokens)
-        tokens = torch.cat([token.expand(len(patches), -1, -1) for token in prefix] + [patches.flatten(1, 2)], dim=1)
+        batch = patches.shape[0]  # not len(): that is a plain number, which an exported graph would keep
+        tokens = torch.cat([token.expand(batch, -1, -1) for token in prefix] + [patches.flatten(1, 2)], dim=1)
         tokens = self.vit.norm_pre(tokens + position)
         taps: list[Tensor] = []
         for index, block in enumerate(self.vit.blocks):
@@ -87,7 +88,7 @@ class PlainEncoder(Encoder):
     def to_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Block output (B, prefix + h w, D) to a normalised map (B, D, h, w)."""
         patches = self.vit.norm(tokens)[:, self.vit.num_prefix_tokens :]
-        return patches.transpose(1, 2).reshape(len(patches), self.width, *grid)
+        return patches.transpose(1, 2).reshape(patches.shape[0], self.width, *grid)
 
 
 class IntermediatesEncoder(Encoder):
