@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import overload
 
 import cv2
 import numpy as np
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from depthkit.bundle import UNITS, BundleFacts, load_model
+from depthkit.bundle import UNITS, BundleFacts
 from depthkit.data.decode import decode_image
 from depthkit.data.quarantine import SampleError
 from depthkit.data.windows import inference_size, normalize
-from depthkit.models import DepthModel
 from depthkit.tiling import Box, blend_tiles
 from depthkit.types import Kind, Prediction
 
@@ -23,7 +22,6 @@ BATCH_SIZE = 8
 """Images (or tiles of an image) that the network sees at once."""
 BATCHES_WAITING = 4
 """Images of different sizes wait for others of their size, at most as many as fill this number of batches."""
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Network = Callable[[Tensor], Tensor]
 """Normalised images (B, 3, H, W) float32 to values (B, H, W) float32, both on the predictor's device."""
@@ -198,76 +196,3 @@ def read_image(image: Image) -> np.ndarray:
     if image.ndim != 3 or image.shape[2] != 3 or image.size == 0 or image.dtype != np.uint8:
         raise ValueError(f"expected an (H, W, 3) uint8 RGB image, got shape {image.shape}, {image.dtype}")
     return image
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """What `load` was asked for, beside the path."""
-
-    device: torch.device
-    precision: str
-    compile: bool
-    taps: str | None
-    max_depth: float | None
-
-
-class Loaded(NamedTuple):
-    """What a loader makes of a file or folder; `multiple` as in `Predictor`."""
-
-    network: Network
-    facts: BundleFacts
-    multiple: int
-
-
-def load(
-    path: str | Path,
-    device: str = "auto",
-    *,
-    precision: str = "float32",
-    compile: bool = False,
-    taps: str | None = None,
-    max_depth: float | None = None,
-) -> Predictor:
-    """Load a model for prediction.
-
-    `device` is a torch device or "auto" (a GPU where there is one). `precision` is the type of weights and activations:
-    float32, bfloat16 or float16. `compile` runs the model through `torch.compile`, for any image size: slow at first,
-    then faster. `taps` and `max_depth` (metres) are for weights that cannot say them; a bundle can.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
-    options = LoadOptions(
-        device=choose_device(device), precision=precision, compile=compile, taps=taps, max_depth=max_depth
-    )
-    loader = next(loader for recognises, loader in LOADERS if recognises(Path(path)))
-    network, facts, multiple = loader(Path(path), options)
-    return Predictor(network, facts, name=str(path), multiple=multiple, device=options.device)
-
-
-def load_bundle(path: Path, options: LoadOptions) -> Loaded:
-    for name, value in (("taps", options.taps), ("max_depth", options.max_depth)):
-        if value is not None:
-            raise ValueError(f"{name}={value}: the bundle {path} says that itself; leave it out")
-    return prepare(*load_model(path), options)
-
-
-def prepare(model: DepthModel, facts: BundleFacts, options: LoadOptions) -> Loaded:
-    """A torch model on its device, in its precision, compiled or not, as a network of float32 tensors."""
-    dtype = PRECISIONS[options.precision]
-    model = model.eval().to(options.device, dtype)
-    if options.compile:
-        model.compile(dynamic=True)
-    return Loaded(lambda image: model(image.to(dtype)).values.float(), facts, model.encoder.multiple)
-
-
-LOADERS: tuple[tuple[Callable[[Path], bool], Callable[[Path, LoadOptions], Loaded]], ...] = (
-    (lambda path: True, load_bundle),
-)
-"""In this order: whether a path is of the format, and what loads it. The last one says what it misses."""
-
-
-def choose_device(device: str) -> torch.device:
-    """The torch device that a name means; "auto" takes CUDA where there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)

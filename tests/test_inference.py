@@ -1,9 +1,6 @@
 """Predicting: what comes out has the size of the image and says what it is; what is no image is named."""
 
-import json
-import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import cv2
@@ -11,21 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-import depthkit
-from depthkit.bundle import FACTS, WEIGHTS, BundleFacts, load_model, sha256
+from depthkit.bundle import BundleFacts, load_model
 from depthkit.config import ModelConfig
 from depthkit.data.quarantine import SampleError
-from depthkit.inference import BATCHES_WAITING, Predictor, load
+from depthkit.inference import BATCHES_WAITING, Predictor
+from depthkit.loading import load
 
 
 @pytest.fixture(scope="module")
 def predictor(tiny_teacher) -> Predictor:
     return load(tiny_teacher, device="cpu")
-
-
-@pytest.fixture
-def folder(tiny_teacher, tmp_path) -> Path:
-    return shutil.copytree(tiny_teacher, tmp_path / "bundle")
 
 
 class Recorder:
@@ -52,11 +44,6 @@ def predictor_of(network: Callable[[torch.Tensor], torch.Tensor], *, short_side:
 
 def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def change(folder: Path, **values: object) -> None:
-    text = json.loads((folder / FACTS).read_text()) | values
-    (folder / FACTS).write_text(json.dumps(text))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 64), (50, 33), (7, 90), (1, 1)])
@@ -121,21 +108,6 @@ def test_files_that_are_no_image(predictor, tmp_path):
         predictor.predict(tmp_path / "notes.txt")
     with pytest.raises(FileNotFoundError):
         predictor.predict(tmp_path / "none.jpg")
-
-
-def test_public_entry_carries_kind_unit_and_hash(folder):
-    loaded = depthkit.load(str(folder), device="cpu")
-    prediction = loaded.predict(np.zeros((8, 8, 3), np.uint8))
-    assert (prediction.kind, prediction.unit) == ("disparity", "relative, larger = nearer")
-    assert (loaded.kind, loaded.unit) == ("disparity", "relative, larger = nearer")
-    assert loaded.sha256 == sha256(folder / WEIGHTS)
-    change(folder, kind="depth")
-    assert depthkit.load(str(folder), device="cpu").predict(np.zeros((8, 8, 3), np.uint8)).unit == "metres, planar z"
-
-
-def test_a_copied_bundle_is_the_same_bundle(folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / "elsewhere" / "copy")
-    assert load(copy, device="cpu").sha256 == load(folder, device="cpu").sha256
 
 
 # --- preprocessing of the released models ----------------------------------------------------------------------------
@@ -327,50 +299,3 @@ def test_tiles_of_a_real_network_are_finite_and_not_negative(predictor):
         assert prediction.values.dtype == np.float32
         assert np.isfinite(prediction.values).all()
         assert prediction.values.min() >= 0
-
-
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
-def test_half_precision_is_near(predictor, tiny_teacher, precision, tolerance):
-    image = random_image(64, 96)
-    exact = predictor.predict(image, short_side=64).values
-    half = load(tiny_teacher, device="cpu", precision=precision).predict(image, short_side=64).values
-    assert half.dtype == np.float32
-    error = np.abs(half - exact).max() / np.abs(exact).max()
-    assert 1e-6 < error < tolerance
-
-
-def test_unknown_precision_is_refused(tiny_teacher):
-    with pytest.raises(ValueError, match=r"precision='int8': expected one of float32, bfloat16, float16"):
-        load(tiny_teacher, device="cpu", precision="int8")
-
-
-@pytest.mark.slow
-def test_compiled_model_predicts_the_same_and_leaves_sizes_open(predictor, tiny_teacher, monkeypatch):
-    """Without the code generator, whose first run takes a minute and a C++ compiler."""
-    has_open_sizes: list[bool] = []
-
-    def compile_eagerly(graph: torch.fx.GraphModule, inputs: list) -> Callable:
-        has_open_sizes.append(any(isinstance(value, torch.SymInt) for value in inputs))
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compile_eagerly))
-    image = random_image(32, 48)
-    compiled = load(tiny_teacher, device="cpu", compile=True).predict(image)
-    np.testing.assert_allclose(compiled.values, predictor.predict(image).values, atol=1e-5)
-    assert has_open_sizes == [True]
-
-
-@pytest.mark.parametrize("options", [{"taps": "v2"}, {"max_depth": 20.0}])
-def test_a_bundle_knows_its_taps_and_range(tiny_teacher, options):
-    (name,) = options
-    with pytest.raises(ValueError, match=rf"{name}=.*: the bundle .* says that itself"):
-        load(tiny_teacher, device="cpu", **options)
-
-
-def test_the_package_offers_load_and_nothing_else_by_accident():
-    assert depthkit.load is load
-    with pytest.raises(AttributeError, match="no attribute 'lod'"):
-        _ = depthkit.lod

@@ -289,6 +289,13 @@ PROVIDERS = {"cpu": ("CPUExecutionProvider", "onnxruntime"), "cuda": ("CUDAExecu
 """Torch device -> onnxruntime's execution provider and the package that has it."""
 
 
+def has_cuda() -> bool:
+    """Whether the installed onnxruntime runs on a GPU."""
+    (onnxruntime,) = require("onnxruntime")
+    provider, _ = PROVIDERS["cuda"]
+    return provider in onnxruntime.get_available_providers()
+
+
 def run_session(session: Any, image: Tensor) -> Tensor:
     values: np.ndarray = session.run([OUTPUT], {INPUT: image.float().cpu().numpy()})[0]
     return torch.from_numpy(values).to(image.device)
