@@ -4,6 +4,7 @@ Near is light and far is dark, for depth and for disparity alike; errors go from
 value are grey. Images are (H, W, 3) uint8 RGB, maps (H, W) with a bool mask of the pixels that hold a value.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from depthkit.types import Kind
 
 COLORMAPS: dict[Kind, str] = {"depth": "magma_r", "disparity": "magma"}
 """Perceptually uniform: equal steps in value look equally large."""
+LABELS: dict[Kind, str] = {"depth": "metres, planar z", "disparity": "relative disparity, larger = nearer"}
 ERROR_COLORMAP = "Reds"
 NO_VALUE = (150, 150, 150)
 
@@ -29,6 +31,10 @@ TITLE_HEIGHT = 0.26
 BAR_WIDTH = 0.11
 BAR_COLUMN = 0.78  # the bar, its numbers and its label
 DPI = 130
+TEXT_HEIGHT = 12  # pixels, at least, below a picture
+
+_DRAWING = threading.Lock()
+"""matplotlib is not made for threads."""
 
 
 class ColorScale(NamedTuple):
@@ -93,6 +99,11 @@ def depth_scale(values: np.ndarray, valid_mask: np.ndarray | None, unit: str) ->
     return ColorScale(*value_range(values, valid_mask), COLORMAPS["depth"], unit, is_logarithmic=True)
 
 
+def kind_scale(kind: Kind, low: float, high: float) -> ColorScale:
+    """The scale from `low` to `high` for predictions of a kind, with a label that says what they are."""
+    return ColorScale(low, high, COLORMAPS[kind], LABELS[kind], is_logarithmic=kind == "depth")
+
+
 def error_scale(high: float) -> ColorScale:
     return ColorScale(0.0, high, ERROR_COLORMAP, "abs rel error")
 
@@ -137,6 +148,32 @@ def picture_grid(rows: Sequence[PictureRow], *, tile_width: float = TILE_WIDTH) 
         _draw_row(figure, row, top, tile_width, tile_height)
         top -= tile_height + GAP
     return figure
+
+
+def with_color_bar(picture: np.ndarray, scale: ColorScale) -> np.ndarray:
+    """(H, W, 3) uint8 with a bar added below: the label at its left, numbers under it, all as wide as the picture.
+
+    A picture should be at least 480 pixels wide, so that there is room for the label.
+    """
+    height, width = picture.shape[:2]
+    text_height = max(TEXT_HEIGHT, round(min(width / 40, (height * width) ** 0.5 / 50)))
+    return np.concatenate([picture, _horizontal_bar(scale, width, text_height)])
+
+
+def _horizontal_bar(scale: ColorScale, width: int, text_height: int) -> np.ndarray:
+    height = 3 * text_height
+    with _DRAWING:  # half a pixel more: a figure rounds its size down
+        figure = Figure(figsize=((width + 0.5) / DPI, (height + 0.5) / DPI), dpi=DPI, facecolor="white")
+        points = 72 * text_height / DPI
+        label = figure.text(text_height / width, 0.62, scale.label, fontsize=points, va="center")
+        end = label.get_window_extent(FigureCanvasAgg(figure).get_renderer()).x1
+        left, right = end + 1.5 * text_height, width - 1.5 * text_height
+        axes = figure.add_axes((left / width, 0.45, (right - left) / width, 0.34))
+        bar = figure.colorbar(ScalarMappable(Normalize(0, 1), scale.colormap), cax=axes, orientation="horizontal")
+        bar.set_ticks(scale.position(np.array(scale.ticks())).tolist(), labels=[f"{tick:g}" for tick in scale.ticks()])
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=0.85 * points, length=0.2 * points, pad=0.1 * points)
+        return render(figure)
 
 
 def render(figure: Figure) -> np.ndarray:

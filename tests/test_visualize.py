@@ -12,11 +12,13 @@ from depthkit.visualize import (
     PictureRow,
     Tile,
     colorize,
+    kind_scale,
     panel,
     picture_grid,
     relative_error,
     render,
     value_range,
+    with_color_bar,
 )
 
 
@@ -94,3 +96,34 @@ def test_panel_draws_prediction_and_target_on_one_scale():
     third = picture.shape[1] // 3
     assert (picture[:, :third] == other[:, :third]).all(), "image and ground truth do not depend on it"
     assert (picture[:, third:] != other[:, third:]).any()
+
+
+@pytest.mark.parametrize("size", [(360, 480), (100, 1920), (2000, 480), (900, 1600)])
+def test_a_bar_below_leaves_the_picture_alone_and_shows_all_its_colours(size: tuple[int, int]):
+    picture = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    scale = kind_scale("disparity", 0.0, 10.0)
+    below = with_color_bar(picture, scale)
+    assert below.shape[1] == size[1]
+    assert (below[: size[0]] == picture).all()
+    bar = below[size[0] :]
+    assert 36 <= len(bar) <= max(36, size[0] / 10)
+    colors = colorize(np.linspace(1, 10, 8)[None], None, scale)[0].astype(int)
+    distances = np.abs(bar[:, :, None].astype(int) - colors).max(-1).min(0)  # of each column and colour
+    assert (distances.min(0) <= 8).all()
+    assert (np.diff(distances.argmin(0)) > 0).all(), "low at the left"
+    assert (bar[0] == 255).all()
+    assert (bar[:, -5:] == 255).all()
+
+
+def test_labels_say_what_is_shown_and_stay_inside_the_picture():
+    picture = np.zeros((300, 480, 3), np.uint8)
+    bars = {}
+    for kind in ("disparity", "depth"):
+        scale = kind_scale(kind, 0.5, 80.0)
+        bars[kind] = with_color_bar(picture, scale)[300:]
+        assert (bars[kind][:, :8] == 255).all()
+    assert kind_scale("depth", 0.5, 80.0).label == "metres, planar z"
+    assert kind_scale("disparity", 0.5, 80.0).label == "relative disparity, larger = nearer"
+    assert (bars["disparity"][:, :200] != bars["depth"][:, :200]).any()
+    assert kind_scale("depth", 1.0, 80.0).is_logarithmic
+    assert not kind_scale("disparity", 1.0, 80.0).is_logarithmic
