@@ -12,12 +12,12 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:
-    from depthkit.loading import load
+    from depthkit.inference.loading import load
 else:
 
     def __getattr__(name: str) -> Any:
         if name != "load":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from depthkit.loading import load
+        from depthkit.inference.loading import load
 
         return load

@@ -11,7 +11,7 @@ VERBS = {
     "train": ("depthkit.train", "train a stage: experiment=NAME and Hydra overrides"),
     "label": ("depthkit.label", "pseudo-label images: bundle=TEACHER images=MANIFEST out=DIR"),
     "evaluate": ("depthkit.evaluation.evaluate", "metrics by a named protocol, with a report"),
-    "predict": ("depthkit.predict", "depth maps of images and videos: MODEL INPUT --out DIR"),
+    "predict": ("depthkit.inference.predict", "depth maps of images and videos: MODEL INPUT --out DIR"),
     "import": ("depthkit.importing", "published weights -> bundle: CHECKPOINT --out BUNDLE"),
     "export": ("depthkit.exporting", "bundle -> Hugging Face folder, ONNX or .pth: BUNDLE --format hf --out DIR"),
     "demo": ("depthkit.demo", "the whole recipe on a small procedural world, in minutes on a CPU"),

@@ -21,7 +21,7 @@ from depthkit.evaluation.report import write_report
 from depthkit.evaluation.results import Evaluation, save, summary_table
 from depthkit.files import atomic_write
 from depthkit.hydra_entry import hydra_main
-from depthkit.loading import load
+from depthkit.inference.loading import load
 from depthkit.train import run
 
 FROM_PRETRAINED = {"tiny_teacher": ["stage.encoder_weights='${paths.runs}/tiny_pretrain/bundle'"]}

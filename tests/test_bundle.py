@@ -21,7 +21,7 @@ from depthkit.bundle import (
     sha256,
 )
 from depthkit.config import ModelConfig
-from depthkit.loading import load
+from depthkit.inference.loading import load
 from depthkit.models import DepthModel, build_encoder, build_model
 
 MODEL = ModelConfig(

@@ -11,7 +11,7 @@ from depthkit.bundle import BundleFacts, save_bundle
 from depthkit.config import ModelConfig
 from depthkit.exporting import main
 from depthkit.formats.official import read_checkpoint
-from depthkit.loading import load
+from depthkit.inference.loading import load
 from depthkit.models import build_model
 
 SETTINGS = ModelConfig(

@@ -13,7 +13,7 @@ from depthkit.bundle import read_facts
 from depthkit.formats.huggingface import write_huggingface
 from depthkit.formats.official import published, read_checkpoint, write_checkpoint
 from depthkit.importing import main
-from depthkit.loading import load
+from depthkit.inference.loading import load
 from depthkit.models import build_model
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)

@@ -61,7 +61,7 @@ def test_the_source_is_found():
     assert "depthkit.losses" in MODULES
     assert ours("depthkit.losses") == {"depthkit.alignment"}
     assert theirs("depthkit.losses") == {"torch"}
-    assert "depthkit.inference" in ours("depthkit")
+    assert "depthkit.inference.loading" in ours("depthkit")
     assert "cv2" in imports("depthkit.data.datamodule") - imports("depthkit.data.datamodule", into_functions=False)
 
 
@@ -84,7 +84,18 @@ def test_models_know_config_and_types(module):
 
 @pytest.mark.parametrize("module", within("depthkit.data"))
 def test_data_knows_no_model_and_no_stage(module):
-    forbidden = ("models", "stages", "evaluation", "formats", "runtime", "train", "label", "losses", "bundle")
+    forbidden = (
+        "models",
+        "stages",
+        "evaluation",
+        "formats",
+        "inference",
+        "runtime",
+        "train",
+        "label",
+        "losses",
+        "bundle",
+    )
     assert not [name for name in ours(module) if is_within(name, *(f"depthkit.{name}" for name in forbidden))]
 
 
@@ -97,8 +108,10 @@ def test_stages_share_the_base_alone(module):
     ]
 
 
-@pytest.mark.parametrize("module", [*within("depthkit.evaluation"), *within("depthkit.formats")])
-def test_evaluation_and_formats_know_no_stage(module):
+@pytest.mark.parametrize(
+    "module", [*within("depthkit.evaluation"), *within("depthkit.formats"), *within("depthkit.inference")]
+)
+def test_evaluation_formats_and_inference_know_no_stage(module):
     forbidden = ("depthkit.stages", "depthkit.train", "depthkit.label", "depthkit.runtime")
     assert not [name for name in ours(module) if is_within(name, *forbidden)]
 
@@ -112,7 +125,17 @@ def test_callbacks_know_no_model_and_no_stage(module):
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_extras_are_imported_where_they_are_used(module):
     """Optional packages only inside functions; a plain install can import every module."""
-    extras = {"deepspeed", "transformers", "onnx", "onnxruntime", "optuna", "submitit", "wandb", "tensorboard"}
+    extras = {
+        "deepspeed",
+        "transformers",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "optuna",
+        "submitit",
+        "wandb",
+        "tensorboard",
+    }
     top = {name.split(".")[0] for name in imports(module, into_functions=False)}
     assert not top & extras
 

@@ -17,8 +17,8 @@ from depthkit.bundle import FACTS, WEIGHTS, BundleError, BundleFacts, save_bundl
 from depthkit.formats.huggingface import write_huggingface
 from depthkit.formats.official import published, write_checkpoint
 from depthkit.formats.onnx import export_onnx
-from depthkit.inference import Predictor
-from depthkit.loading import load
+from depthkit.inference.loading import load
+from depthkit.inference.predictor import Predictor
 from depthkit.models import build_model
 
 

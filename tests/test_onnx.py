@@ -16,8 +16,8 @@ from depthkit.bundle import BundleFacts, read_facts, save_bundle, sha256
 from depthkit.config import ModelConfig
 from depthkit.formats import onnx as formats_onnx
 from depthkit.formats.onnx import OnnxError, export_onnx, load_onnx
-from depthkit.inference import Predictor
-from depthkit.loading import load
+from depthkit.inference.loading import load
+from depthkit.inference.predictor import Predictor
 from depthkit.models import DepthModel, build_model
 
 pytestmark = pytest.mark.slow

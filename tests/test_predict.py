@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
-from depthkit import depth_files
-from depthkit import predict as module
-from depthkit.depth_files import DepthJob
-from depthkit.predict import find_inputs, is_result, main, output_bases, predict_files
+from depthkit.inference import depth_files
+from depthkit.inference import predict as module
+from depthkit.inference.depth_files import DepthJob
+from depthkit.inference.predict import find_inputs, is_result, main, output_bases, predict_files
 from depthkit.types import Kind, Prediction
 
 
@@ -331,7 +331,7 @@ def test_a_missing_bundle_is_one_line(tmp_path: Path, photos: Path, capsys: pyte
 
 
 def test_a_real_model_predicts_the_same_as_from_python(tmp_path: Path, photos: Path, tiny_teacher: Path):
-    from depthkit.loading import load
+    from depthkit.inference.loading import load
 
     command = [str(tiny_teacher), str(photos), "--out", str(tmp_path / "out"), "--format", "npy", "--device", "cpu"]
     assert main([*command, "--flip", "--batch-size", "2"]) == 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from depthkit.tiling import OVERLAP, Box, align_tiles, blend_tiles, blend_weights, tile_starts
+from depthkit.inference.tiling import OVERLAP, Box, align_tiles, blend_tiles, blend_weights, tile_starts
 
 SIDES = [(1, 1), (2, 1), (5, 2), (7, 3), (10, 4), (64, 64), (65, 64), (100, 64), (112, 64), (113, 64), (500, 64)]
 

@@ -10,13 +10,13 @@ import cv2
 import numpy as np
 import pytest
 
-from depthkit import depth_video, video
-from depthkit import predict as module
-from depthkit.depth_files import read_values
-from depthkit.depth_video import SideBySide, in_ranges
-from depthkit.predict import main
+from depthkit.inference import depth_video, video
+from depthkit.inference import predict as module
+from depthkit.inference.depth_files import read_values
+from depthkit.inference.depth_video import SideBySide, in_ranges
+from depthkit.inference.predict import main
+from depthkit.inference.video import Frame, VideoError, atomic_mp4, frame_rate, missing_bytes, read_frames
 from depthkit.types import Prediction
-from depthkit.video import Frame, VideoError, atomic_mp4, frame_rate, missing_bytes, read_frames
 from depthkit.visualize import kind_scale
 
 

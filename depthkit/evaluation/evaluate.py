@@ -20,8 +20,8 @@ from depthkit.evaluation.ground_truth import Case, EvaluationSet, check_enough_p
 from depthkit.evaluation.report import write_report
 from depthkit.evaluation.results import Evaluation, ScoredImage, Scores, save, summary_table
 from depthkit.hydra_entry import hydra_main
-from depthkit.inference import Predictor
-from depthkit.loading import load
+from depthkit.inference.loading import load
+from depthkit.inference.predictor import Predictor
 from depthkit.types import Rejection
 
 

@@ -17,7 +17,7 @@ from depthkit.config import ProtocolConfig
 from depthkit.evaluation.ground_truth import EvaluationSet
 from depthkit.evaluation.protocols import protocol_fields, protocol_id
 from depthkit.files import atomic_write
-from depthkit.inference import Predictor
+from depthkit.inference.predictor import Predictor
 from depthkit.metrics import METRICS
 from depthkit.types import Rejection
 

@@ -15,7 +15,7 @@ from depthkit.bundle import UNITS, BundleFacts
 from depthkit.data.decode import decode_image
 from depthkit.data.quarantine import SampleError
 from depthkit.data.windows import inference_size, normalize
-from depthkit.tiling import Box, blend_tiles
+from depthkit.inference.tiling import Box, blend_tiles
 from depthkit.types import Kind, Prediction
 
 BATCH_SIZE = 8

@@ -20,7 +20,7 @@ import numpy as np
 
 from depthkit.data.decode import MAX_CODE, encode_disparity
 from depthkit.files import atomic_write
-from depthkit.inference import BATCH_SIZE, Predictor
+from depthkit.inference.predictor import BATCH_SIZE, Predictor
 from depthkit.types import Prediction
 from depthkit.visualize import colorize, kind_scale, value_range, with_color_bar
 

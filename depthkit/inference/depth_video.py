@@ -21,7 +21,7 @@ import numpy as np
 from rich.progress import Progress
 
 from depthkit.bundle import put_in_place, sync_to_disk
-from depthkit.depth_files import (
+from depthkit.inference.depth_files import (
     NUM_THREADS,
     DepthJob,
     ahead,
@@ -31,8 +31,8 @@ from depthkit.depth_files import (
     resize,
     to_json,
 )
+from depthkit.inference.video import Frame, VideoError, atomic_mp4, capture, frame_rate, missing_bytes, read_frames
 from depthkit.types import Prediction
-from depthkit.video import Frame, VideoError, atomic_mp4, capture, frame_rate, missing_bytes, read_frames
 from depthkit.visualize import ColorScale, colorize, kind_scale, value_range, with_color_bar
 
 RECORD = "depth.json"

@@ -1,9 +1,8 @@
 """Videos: frame by frame in, and an mp4 that appears as a whole out.
 
-Pictures are (H, W, 3) uint8 RGB. An mp4 is written with the first of `CODECS` that this OpenCV can write. H.264
-(`avc1`) plays everywhere, but the wheels of opencv-python hold no software encoder for it. VP9 (`vp09`), which they
-hold, plays in browsers (hence in notebooks and editors), VLC and mpv, not in QuickTime. MPEG-4 Part 2 (`mp4v`) is
-encoded about a hundred times faster and plays in VLC, mpv and QuickTime, not in browsers. Sound is not copied.
+Pictures are (H, W, 3) uint8 RGB. An mp4 is written with the first of `CODECS` that this OpenCV can write: H.264
+(`avc1`), for which the wheels of opencv-python hold no software encoder, or MPEG-4 Part 2 (`mp4v`), which players take
+and browsers do not. VP9, which browsers take, would need a hundred times as long. Sound is not copied.
 """
 
 import os
@@ -22,7 +21,7 @@ from depthkit.bundle import sync_to_disk
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 EXTENSIONS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
-CODECS = ("avc1", "vp09", "mp4v")
+CODECS = ("avc1", "mp4v")
 DEFAULT_RATE = 25.0  # frames per second, where the file states none
 MAX_RATE = 1000.0  # frames per second; more is a time base, not a rate
 FAILURES_AT_END = 1000  # as many reads in a row without a picture are the end of a video

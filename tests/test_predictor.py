@@ -11,8 +11,8 @@ import torch
 from depthkit.bundle import BundleFacts, load_model
 from depthkit.config import ModelConfig
 from depthkit.data.quarantine import SampleError
-from depthkit.inference import BATCHES_WAITING, Predictor
-from depthkit.loading import load
+from depthkit.inference.loading import load
+from depthkit.inference.predictor import BATCHES_WAITING, Predictor
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """`depthkit predict MODEL INPUT --out DIR`: depth maps of images and videos as files.
 
-What is written for an image is said in `depthkit.depth_files`, for a video in `depthkit.depth_video`. A run replaces
-the results of an earlier one and nothing else.
+What is written for an image is said in `depth_files`, for a video in `depth_video`. A run replaces the results of an
+earlier one and nothing else.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from depthkit import depth_video, video
 from depthkit.data.windows import inference_size
-from depthkit.depth_files import (
+from depthkit.inference import depth_video, video
+from depthkit.inference.depth_files import (
     FORMATS,
     NUM_THREADS,
     DepthJob,
@@ -30,8 +30,8 @@ from depthkit.depth_files import (
     result_files,
     write_prediction,
 )
-from depthkit.inference import BATCH_SIZE, read_image
-from depthkit.loading import PRECISIONS, load
+from depthkit.inference.loading import PRECISIONS, load
+from depthkit.inference.predictor import BATCH_SIZE, read_image
 from depthkit.types import Prediction
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".ppm")

@@ -11,7 +11,7 @@ from depthkit.bundle import BundleError, BundleFacts, load_model
 from depthkit.formats.huggingface import CONFIG, read_huggingface
 from depthkit.formats.official import read_checkpoint
 from depthkit.formats.onnx import has_cuda, load_onnx
-from depthkit.inference import Network, Predictor
+from depthkit.inference.predictor import Network, Predictor
 from depthkit.models import DepthModel
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,7 +99,10 @@ def choose_device(device: str) -> torch.device:
     """The torch device that a name means; "auto" takes CUDA where there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"device={device}: {str(error).splitlines()[0]}") from error
 
 
 TORCH_OPTIONS = ("device", "precision", "compile")
