@@ -110,10 +110,15 @@ def read_facts(folder: Path) -> BundleFacts:
         raise BundleError(f"{folder / FACTS}: this version reads format {FORMAT}; write the bundle again")
     text.pop("depthkit", None)
     try:
-        lists = {name: tuple(text[name]) for name in ("mean", "std") if name in text}
-        return BundleFacts(**{**text, **lists, "model": ModelConfig(**text["model"])})
+        return parse_facts(text)
     except (TypeError, KeyError, ValueError) as error:
         raise BundleError(f"{folder / FACTS}: {error}") from error
+
+
+def parse_facts(content: Mapping[str, Any]) -> BundleFacts:
+    """Facts from their JSON form; TypeError, KeyError or ValueError for what is missing, unknown or out of range."""
+    lists = {name: tuple(content[name]) for name in ("mean", "std") if name in content}
+    return BundleFacts(**{**content, **lists, "model": ModelConfig(**content["model"])})
 
 
 def read_weights(folder: Path, facts: BundleFacts) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_arguments(parser: argparse._ActionsContainer) -> None:
     """What weights alone do not tell."""
     parser.add_argument(
         "--taps",

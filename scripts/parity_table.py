@@ -47,7 +47,7 @@ def main() -> None:
     for name in arguments.models:
         model, facts = open_model(name)
         for label, errors in compare(model, facts, sizes):  # type: ignore[arg-type]
-            row = [facts.provenance.get("source") or name, label, *(f"{error:.1e}" for error in errors)]
+            row = [facts.provenance.get("source") or name, label, *(f"{error:.1e}" if error else "0" for error in errors)]
             print("| " + " | ".join(row) + " |", flush=True)
 
 

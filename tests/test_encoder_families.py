@@ -1,13 +1,16 @@
 """Encoders of other families: sizes are read from timm, the decoder fits them, and training reaches every weight."""
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 from depthkit.checks import describe_encoder
 from depthkit.config import ConfigError, ModelConfig
+from depthkit.inference.loading import load
 from depthkit.models import build_model
 from depthkit.models.encoder import IntermediatesEncoder, PlainEncoder
+from depthkit.train import run
 
 SMALL = {"embed_dim": 32, "depth": 4, "num_heads": 2}
 
@@ -140,3 +143,16 @@ def test_networks_that_cannot_serve_are_refused(name, tap_layers, message):
     model = config(name, tap_layers=tap_layers, encoder_args={})
     with pytest.raises(ConfigError, match=message):
         describe_encoder(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "convnext_atto"])
+def test_a_student_trains_with_it(name, tiny_config, tmp_path):
+    """Features are aligned with a frozen copy of the same encoder, and the bundle predicts."""
+    model = transformer(name) if name in TRANSFORMERS else pyramid(name)
+    config = tiny_config("student", tmp_path, "data.crop_size=[64,64]", "trainer.max_steps=2", "optim.warmup_steps=0")
+    config.model = model
+    run(config)
+    prediction = load(tmp_path / "bundle", device="cpu").predict(np.zeros((50, 70, 3), np.uint8))
+    assert prediction.values.shape == (50, 70)
+    assert np.isfinite(prediction.values).all()

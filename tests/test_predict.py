@@ -314,7 +314,7 @@ def test_options_reach_the_model(tmp_path: Path, photos: Path, monkeypatch: pyte
     assert (facts["short_side"], facts["flip"], facts["tile"]) == (70, True, 140)
 
 
-@pytest.mark.parametrize("option", ["--short-side", "--tile", "--batch-size", "--max-depth"])
+@pytest.mark.parametrize("option", ["--short-side", "--tile", "--batch-size"])
 @pytest.mark.parametrize("value", ["0", "-3", "many", "nan"])
 def test_numbers_are_above_zero(photos: Path, run: Callable[..., int], option: str, value: str, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import depthkit
-from depthkit.bundle import BundleFacts, sha256, sync_to_disk
-from depthkit.config import ModelConfig
+from depthkit.bundle import BundleFacts, parse_facts, sha256, sync_to_disk
 from depthkit.models import DepthModel
 
 FORMAT = 1
@@ -246,8 +245,7 @@ def load_onnx(path: Path, device: torch.device) -> tuple[Callable[[Tensor], Tens
     if metadata["format"] != str(FORMAT):
         raise OnnxError(f"{path}: this version reads format {FORMAT}; export the model again")
     try:
-        content = json.loads(metadata["facts"])
-        facts = BundleFacts(**{**content, "model": ModelConfig(**content["model"])})
+        facts = parse_facts(json.loads(metadata["facts"]))
         multiple = int(metadata["multiple"])
         measured = {name: json.loads(metadata[name]) for name in ("tolerance", "max_relative_error")}
     except (TypeError, KeyError, ValueError) as error:

@@ -8,10 +8,10 @@ import argparse
 import glob
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from depthkit.data.windows import inference_size
+from depthkit.importing import add_checkpoint_arguments
 from depthkit.inference import depth_video, video
 from depthkit.inference.depth_files import (
     FORMATS,
@@ -37,8 +38,6 @@ from depthkit.types import Prediction
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".ppm")
 IMAGES_AHEAD = 8  # read or predicted, not yet used
 WAITING_PIXELS = 100_000_000  # of images that wait for others of their size
-
-Number = TypeVar("Number", int, float)
 
 
 def main(argv: list[str]) -> int:
@@ -71,7 +70,6 @@ def parser() -> argparse.ArgumentParser:
         "become values) or NAME.npy, and NAME.color.png to look at. For a video NAME: the folder NAME/ with the values "
         "of every frame and depth.json, and NAME.mp4, image and depth side by side.",
     )
-    positive_int, positive_float = positive(int), positive(float)
     add = parser.add_argument
     add("model", help="bundle folder, Hugging Face folder, .onnx file or official .pth")
     add("input", help="an image or video, a folder of them, or a quoted pattern such as 'photos/**/*.jpg'")
@@ -104,27 +102,15 @@ def parser() -> argparse.ArgumentParser:
         help="of weights and activations; 16 bits are faster on a GPU, less exact (default: %(default)s)",
     )
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster")
-    group = parser.add_argument_group("official .pth files, which do not say it themselves")
-    add = group.add_argument
-    add("--taps", help="v1, v2, or the numbers of the encoder's blocks that the decoder reads, such as 2,5,8,11")
-    add(
-        "--max-depth",
-        type=positive_float,
-        metavar="METRES",
-        help="largest depth of a metric model: 20 for the official indoor ones, 80 for outdoors",
-    )
+    add_checkpoint_arguments(parser.add_argument_group("official .pth files, which do not say it themselves"))
     return parser
 
 
-def positive(kind: type[Number]) -> Callable[[str], Number]:
-    def convert(text: str) -> Number:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse names it where the text is no number
-    return convert
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def is_video(path: Path) -> bool:
