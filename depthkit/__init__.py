@@ -6,7 +6,10 @@
 Importing the package is cheap: torch and Lightning come in only with the module that needs them.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("OPENCV_IO_ENABLE_OPENEXR", "1")  # OpenCV reads it when it is first imported
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]

@@ -47,8 +47,9 @@ def main() -> None:
     for name in arguments.models:
         model, facts = open_model(name)
         for label, errors in compare(model, facts, sizes):  # type: ignore[arg-type]
-            row = [facts.provenance.get("source") or name, label, *(f"{error:.1e}" if error else "0" for error in errors)]
-            print("| " + " | ".join(row) + " |", flush=True)
+            cells = [facts.provenance.get("source") or name, label]
+            cells += [f"{error:.1e}" if error else "0" for error in errors]
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def open_model(name: str) -> tuple[DepthModel, BundleFacts]:

@@ -28,6 +28,35 @@ def save(array: np.ndarray, image_format: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def npz(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, array)
+    return file.getvalue()
+
+
+def exr(values: np.ndarray) -> bytes:
+    """One float channel, uncompressed, by the layout of the OpenEXR file format."""
+    height, width = values.shape
+    window = struct.pack("<4i", 0, 0, width - 1, height - 1)
+    attributes = {
+        "channels": ("chlist", b"Y\0" + struct.pack("<4i", 2, 0, 1, 1) + b"\0"),
+        "compression": ("compression", b"\0"),
+        "dataWindow": ("box2i", window),
+        "displayWindow": ("box2i", window),
+        "lineOrder": ("lineOrder", b"\0"),
+        "pixelAspectRatio": ("float", struct.pack("<f", 1)),
+        "screenWindowCenter": ("v2f", struct.pack("<2f", 0, 0)),
+        "screenWindowWidth": ("float", struct.pack("<f", 1)),
+    }
+    header = struct.pack("<2i", 20000630, 2)
+    for name, (kind, data) in attributes.items():
+        header += name.encode() + b"\0" + kind.encode() + b"\0" + struct.pack("<i", len(data)) + data
+    header += b"\0"
+    lines = [struct.pack("<2i", y, 4 * width) + row.astype("<f4").tobytes() for y, row in enumerate(values)]
+    start = len(header) + 8 * height
+    return header + struct.pack(f"<{height}Q", *(start + y * len(lines[0]) for y in range(height))) + b"".join(lines)
+
+
 def bit_rotated(millimetres: np.ndarray) -> np.ndarray:
     """The SUN RGB-D form: the 16 bits turned left by three."""
     text = [f"{value:016b}" for value in millimetres.ravel()]
@@ -47,6 +76,8 @@ def stored_forms() -> dict[str, tuple[bytes, np.ndarray]]:
         "pgm16": (b"P5\n# made by hand\n3 2\n65535\n" + struct.pack(">6H", *CODES.ravel()), CODES),
         "pgm16_nyu_raw": (b"P5 3 2 65535\n" + struct.pack("<6H", *kinect.ravel()), metres),
         "npy": (npy(floats[..., None]), floats),
+        "npz": (npz(floats), floats),
+        "exr": (exr(floats), floats),
         "pfm": (b"Pf\n3 2\n-0.25\n" + struct.pack("<6f", *floats[::-1].ravel()), floats),
         "tiff32f": (save(floats, "TIFF"), floats),
     }

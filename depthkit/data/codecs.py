@@ -8,6 +8,7 @@ import io
 import math
 import re
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable
 from tokenize import TokenError
@@ -65,6 +66,19 @@ def read_npy(data: bytes) -> np.ndarray:
             f"NumPy file {shape} {dtype} should hold {needed} bytes of numbers, found {len(data) - start}"
         )
     return np.frombuffer(data, dtype, offset=start).reshape(shape[:2], order="F" if fortran_order else "C")
+
+
+def read_npz(data: bytes) -> np.ndarray:
+    """(H, W) numbers of any real type from the first array of a NumPy archive; never unpickles."""
+    return read_npy(_npz_member(data))
+
+
+def read_exr(data: bytes) -> np.ndarray:
+    """(H, W) float32 from an OpenEXR file: its only channel, or the first of several that all hold the depth."""
+    stored = imdecode(data, cv2.IMREAD_UNCHANGED)
+    if stored is None:
+        raise SampleError("not a readable OpenEXR file, or cut off")
+    return (stored if stored.ndim == 2 else stored[..., 0]).astype(np.float32)
 
 
 def read_pfm(data: bytes) -> np.ndarray:
@@ -177,6 +191,31 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     return shape, fortran_order, dtype, file.tell()
 
 
+def _npz_member(data: bytes) -> bytes:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return archive.read(archive.namelist()[0])
+    except (
+        zipfile.BadZipFile,
+        LookupError,
+        zlib.error,
+        EOFError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        raise SampleError(f"not a NumPy archive, or a damaged one: {error}") from error
+
+
+def _exr_size(data: bytes) -> tuple[int, int]:
+    """From the attribute `dataWindow` of the header: four 32-bit integers, left, top, right, bottom, all inclusive."""
+    start = data.find(b"dataWindow\0box2i\0")
+    if not data.startswith(b"\x76\x2f\x31\x01") or start < 0 or len(data) < start + 37:
+        raise SampleError(f"expected an OpenEXR file, found one that begins with {data[:8]!r}")
+    left, top, right, bottom = struct.unpack_from("<4i", data, start + 21)
+    return bottom - top + 1, right - left + 1
+
+
 def _npy_size(data: bytes) -> tuple[int, int]:
     height, width = _npy_header(data)[0][:2]
     return height, width
@@ -197,6 +236,8 @@ CODECS: dict[Codec, Callable[[bytes], np.ndarray]] = {
     "png16_sunrgbd": read_png16_sunrgbd,
     "pgm16_nyu_raw": read_pgm16_nyu_raw,
     "npy": read_npy,
+    "npz": read_npz,
+    "exr": read_exr,
     "pfm": read_pfm,
     "tiff32f": read_tiff32f,
 }
@@ -207,6 +248,8 @@ SIZES: dict[Codec, Callable[[bytes], tuple[int, int]]] = {
     "png16_sunrgbd": _png_size,
     "pgm16_nyu_raw": lambda data: _text_size(_pgm_header(data)),
     "npy": _npy_size,
+    "npz": lambda data: _npy_size(_npz_member(data)),
+    "exr": _exr_size,
     "pfm": lambda data: _text_size(_pfm_header(data)),
     "tiff32f": _tiff_size,
 }

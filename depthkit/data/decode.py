@@ -125,8 +125,8 @@ def decode_target(
 
     `facts` are those of the sample. Ray distance needs `intrinsics_px` in pixels of the label; depth from stereo needs
     `intrinsics_px`, `baseline_m` and, if not 0, `doffs_px`. Stereo without a baseline stays in pixels for `disparity`.
-    `sky` is an 8-bit PNG of the label's size, > 0 = sky: disparity 0 and valid where nothing was measured. For depth,
-    sky stays invalid.
+    `sky` is an 8-bit PNG of the label's size, > 0 = sky, as are stored numbers among the data set's `sky_values`:
+    disparity 0 and valid where nothing was measured. For depth, sky stays invalid.
 
     ValueError when the data set cannot give `kind` at all. SampleError when this label cannot be read, lacks facts, or
     has no valid pixel anywhere; a crop without one is not an error.
@@ -146,7 +146,7 @@ def decode_target(
     target = _convert(labels, spec, kind)
     valid_mask &= np.isfinite(target) & (target > 0)
     target = np.where(valid_mask, target, np.float32(0))
-    sky_mask = _sky_mask(sky if kind == "disparity" else None, stored.shape)
+    sky_mask = _sky_mask(sky, stored, spec) if kind == "disparity" else np.zeros(stored.shape, bool)
     valid_mask |= sky_mask[rows][:, cols]
     if not valid_mask.any() and not (_measured(stored, spec) | sky_mask).any():
         raise SampleError(f"no valid pixel: all {stored.size} stored numbers mean 'no measurement'")
@@ -156,7 +156,7 @@ def decode_target(
 def _measured(stored: np.ndarray, spec: TargetSpec) -> np.ndarray:
     """Where a stored number is a measurement: finite, positive and none of the data set's invalid values."""
     measured = np.isfinite(stored) & (stored > 0)
-    for value in spec.invalid_values:
+    for value in (*spec.invalid_values, *spec.sky_values):
         measured &= stored != value
     return measured
 
@@ -170,13 +170,14 @@ def _convert(labels: _Labels, spec: TargetSpec, kind: Kind) -> np.ndarray:
     return depth if kind == "depth" else geometry.reciprocal(depth)
 
 
-def _sky_mask(sky: bytes | None, size: tuple[int, ...]) -> np.ndarray:
+def _sky_mask(sky: bytes | None, stored: np.ndarray, spec: TargetSpec) -> np.ndarray:
+    mask = np.isin(stored, spec.sky_values) if spec.sky_values else np.zeros(stored.shape, bool)
     if sky is None:
-        return np.zeros(size, bool)
-    mask = read_png8(sky) > 0
-    if mask.shape != size:
-        raise SampleError(f"the sky mask is {mask.shape}, the label {size}")
-    return mask
+        return mask
+    given = read_png8(sky) > 0
+    if given.shape != stored.shape:
+        raise SampleError(f"the sky mask is {given.shape}, the label {stored.shape}")
+    return mask | given
 
 
 def encode_disparity(disparity: np.ndarray) -> tuple[bytes, dict[str, float]]:

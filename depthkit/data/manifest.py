@@ -20,7 +20,7 @@ Quantity = Literal["depth", "ray_distance", "inverse_depth", "stereo_disparity_p
 """`depth`: planar z. `ray_distance`: along the viewing ray. `inverse_depth`: 1/z. `stereo_disparity_px`: pixel offset.
 `disparity`: inverse depth up to scale and shift (pseudo-labels)."""
 
-Codec = Literal["png16", "png8", "pgm16", "png16_sunrgbd", "pgm16_nyu_raw", "npy", "pfm", "tiff32f"]
+Codec = Literal["png16", "png8", "pgm16", "png16_sunrgbd", "pgm16_nyu_raw", "npy", "npz", "pfm", "tiff32f", "exr"]
 """How the stored numbers are written; `depthkit.data.codecs` has one reader for each."""
 
 
@@ -31,8 +31,9 @@ class TargetSpec:
     `extension` is the member's name after the key, such as `depth.png`. The stored number divided by `scale` gives
     metres (depth, ray distance), 1/m (inverse depth) or pixels (stereo). `metric` is False when the unit is unknown or
     the stereo calibration is missing: such labels serve relative training only. Stored 0, negative, NaN and inf always
-    mean "no measurement", `invalid_values` lists further ones. `aligned` is False when the label is not registered to
-    the image. `depth_range` is what the authors state, in metres.
+    mean "no measurement", `invalid_values` lists further ones; `sky_values` mean sky, which has no depth and disparity
+    0. `aligned` is False when the label is not registered to the image. `depth_range` is what the authors state, in
+    metres.
     """
 
     quantity: Quantity
@@ -41,6 +42,7 @@ class TargetSpec:
     scale: float = 1.0
     metric: bool = True
     invalid_values: tuple[float, ...] = ()
+    sky_values: tuple[float, ...] = ()
     aligned: bool = True
     depth_range: tuple[float, float] | None = None
 
@@ -106,14 +108,18 @@ class Manifest:
         return sum(shard.num_samples for shard in self.shards)
 
     def digest(self) -> str:
-        """sha256 of the content, whatever the layout of the file it was read from."""
-        return sha256(json.dumps(_to_json(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        """sha256 of the content, whatever the layout of the file it was read from.
+
+        Fields that hold their default are left out, so that a field that is added later changes no digest.
+        """
+        content = _without_defaults(parse(Manifest, asdict(self), ""))
+        return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def load_manifest(path: Path) -> Manifest:
     """Read a manifest; ValueError names the file, the key and the value of whatever is wrong."""
     try:
-        return _parse(Manifest, json.loads(path.read_text(encoding="utf-8")), "")
+        return parse(Manifest, json.loads(path.read_text(encoding="utf-8")), "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -127,24 +133,29 @@ def save_manifest(manifest: Manifest, path: Path) -> None:
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     """Parsed once more, so that `scale=1000` and `scale=1000.0` are one text and nothing unreadable is written."""
-    content = asdict(_parse(Manifest, asdict(manifest), ""))
-    if content["labels_of"] and content["labels_of"]["teacher_licences"] is None:
-        del content["labels_of"]["teacher_licences"]  # label sets without it keep their digests
-    return content
+    return asdict(parse(Manifest, asdict(manifest), ""))
 
 
-def _parse(expected: Any, value: Any, key: str) -> Any:
+def _without_defaults(value: Any) -> Any:
+    """A parsed value as JSON, without the fields of dataclasses that hold their default."""
+    if is_dataclass(value):
+        held = {field.name: (getattr(value, field.name), field.default) for field in fields(value)}
+        return {name: _without_defaults(item) for name, (item, default) in held.items() if item != default}
+    return [_without_defaults(item) for item in value] if isinstance(value, tuple) else value
+
+
+def parse(expected: Any, value: Any, key: str) -> Any:
     """A JSON value as the annotated type `expected`."""
     origin, arguments = get_origin(expected), get_args(expected)
     if is_dataclass(expected):
         return _parse_dataclass(expected, value, key)
     if origin is UnionType:
-        return None if value is None else _parse(arguments[0], value, key)
+        return None if value is None else parse(arguments[0], value, key)
     if origin is tuple:
         return _parse_tuple(arguments, value, key)
     if origin is dict and isinstance(value, dict):
         return {
-            _parse(arguments[0], name, key): _parse(arguments[1], item, f"{key}.{name}") for name, item in value.items()
+            parse(arguments[0], name, key): parse(arguments[1], item, f"{key}.{name}") for name, item in value.items()
         }
     if origin is Literal and value in arguments:
         return value
@@ -163,7 +174,7 @@ def _parse_tuple(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any,
     types = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
     if len(value) != len(types):
         raise ValueError(f"{key}: {value!r} does not hold {len(types)} values")
-    return tuple(_parse(types[i], item, f"{key}[{i}]") for i, item in enumerate(value))
+    return tuple(parse(types[i], item, f"{key}[{i}]") for i, item in enumerate(value))
 
 
 def _parse_dataclass(expected: Any, value: Any, key: str) -> Any:
@@ -172,10 +183,12 @@ def _parse_dataclass(expected: Any, value: Any, key: str) -> Any:
         raise ValueError(f"{key or 'manifest'}: {value!r} is not an object")
     prefix = f"{key}." if key else ""
     types = get_type_hints(expected)
-    required = {field.name for field in fields(expected) if field.default is MISSING}
+    required = {
+        field.name for field in fields(expected) if field.default is MISSING and field.default_factory is MISSING
+    }
     for name, item in value.items():
         if name not in types:
             raise ValueError(f"{prefix}{name}: unknown key (value {item!r}); known keys: {', '.join(types)}")
     for name in sorted(required - value.keys()):
         raise ValueError(f"{prefix}{name}: missing key")
-    return expected(**{name: _parse(types[name], item, prefix + name) for name, item in value.items()})
+    return expected(**{name: parse(types[name], item, prefix + name) for name, item in value.items()})

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from depthkit.data.datasets import read_dataset
 from depthkit.data.manifest import Manifest, save_manifest
 from depthkit.data.pack_shard import Record, ShardTask, forget, pack_shard
 from depthkit.data.pairs import PairSet, read_input
@@ -29,13 +31,14 @@ from depthkit.files import atomic_write
 DESCRIPTION = """\
 Pack images and depth labels into shards: one data set (OUT/NAME/manifest.json and tars) per source of an index.
 
-INPUT is an index, a text file with one JSON object a line ({"id", "source", "rgb", "label", "target", "codec",
-"scale", ...}; all fields are described in depthkit/data/pairs.py), or a folder of images without labels. A folder
-unlabeled/ beside an index is packed as well. Files are copied byte for byte; images that are not JPEG, PNG or WebP
-become lossless 8-bit PNG.
+INPUT is a public data set as its authors ship it, dataset=NAME root=DIR (its facts and the files expected are in
+data_manifests/NAME.yaml); or an index, a text file with one JSON object a line ({"id", "source", "rgb", "label",
+"target", "codec", "scale", ...}; all fields are described in depthkit/data/pairs.py); or a folder of images without
+labels. A folder unlabeled/ beside an index is packed as well. Files are copied byte for byte; images that are not JPEG,
+PNG or WebP become lossless 8-bit PNG.
 
-A source goes to one split as a whole: train, unless --val-sources or --test-sources names it. Put sources that show
-the same scene into the same split, else a test image was seen in training.
+A source of an index goes to one split as a whole: train, unless --val-sources or --test-sources names it. Put sources
+that show the same scene into the same split, else a test image was seen in training.
 
 A pair that cannot be used is left out and written to OUT/NAME/rejected.jsonl with the reason. Start a run that was
 stopped again with the same arguments: finished shards are kept. Exit code: 0 all packed, 1 some pairs rejected,
@@ -46,13 +49,25 @@ def main(argv: list[str]) -> int:
     """Pack what the command line names; returns the exit code that `--help` describes."""
     args = _parse_arguments(argv)
     try:
-        sets = [pair_set for path in args.inputs for pair_set in read_input(path)]
+        sets = list(find_sets(args.inputs))
         splits = _splits(sets, val=args.val_sources, test=args.test_sources)
         records = pack(sets, splits, args.out, samples_per_shard=args.samples_per_shard, num_workers=args.workers)
     except (OSError, ValueError) as error:
         print(f"depthkit pack: {error}", file=sys.stderr)
         return 2
     return _report(sets, splits, records, args.out)
+
+
+def find_sets(inputs: list[str]) -> Iterator[PairSet]:
+    """The data sets of files and folders, and of `dataset=NAME root=DIR`; ValueError names what is wrong."""
+    public = dict(item.split("=", 1) for item in inputs if item.startswith(("dataset=", "root=")))
+    if public:
+        if public.keys() != {"dataset", "root"}:
+            raise ValueError(f"{' '.join(inputs)}: dataset=NAME and root=DIR belong together")
+        yield from read_dataset(public["dataset"], Path(public["root"]))
+    for item in inputs:
+        if not item.startswith(("dataset=", "root=")):
+            yield from read_input(Path(item))
 
 
 def pack(
@@ -115,6 +130,7 @@ def _finish(pair_set: PairSet, split: str, tasks: list[ShardTask], records: dict
             licence=pair_set.licence,
             source=pair_set.source,
             description=pair_set.description,
+            citation=pair_set.citation,
         )
         save_manifest(manifest, folder / "manifest.json")
 
@@ -125,7 +141,7 @@ def _splits(sets: list[PairSet], **named: list[str]) -> dict[str, str]:
     for pair_set in sets:
         if pair_set.name in splits:
             raise ValueError(f"two inputs hold a data set {pair_set.name!r}; rename one")
-        splits[pair_set.name] = "train"
+        splits[pair_set.name] = pair_set.split or "train"
     for split, names in named.items():
         for name in names:
             if splits.get(name) != "train":
@@ -173,7 +189,9 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "depthkit pack", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="index file or folder of images")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="index file, folder of images, or dataset=NAME root=DIR"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the data sets")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="default: %(default)s")
     parser.add_argument(

@@ -18,6 +18,7 @@ from depthkit.data.index import index_path
 from depthkit.data.manifest import Shard, TargetSpec
 from depthkit.data.pairs import Pair
 from depthkit.data.quarantine import SampleError
+from depthkit.data.sources import Source
 from depthkit.data.writer import ShardWriter
 from depthkit.files import atomic_write
 
@@ -43,9 +44,11 @@ class ShardTask:
 
     def digest(self) -> str:
         """Changes with the pairs, with what is known about them, and with size and time of every file."""
-        stamps = [_stamp(path) for pair in self.pairs for path in (pair.image, pair.label, pair.pose) if path]
+        sources = [source for pair in self.pairs for source in (pair.image, pair.label, pair.sky) if source]
+        paths = [source.path for source in sources] + [pair.pose for pair in self.pairs if pair.pose]
+        stamps = [_stamp(path) for path in paths]
         content = [asdict(self.target) if self.target else None, [asdict(pair) for pair in self.pairs], stamps]
-        return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, default=_as_text, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +94,18 @@ def read_pair(pair: Pair, target: TargetSpec | None) -> dict[str, bytes]:
     if pair.pose is not None:
         facts["pose"] = _read_pose(pair.pose)
     if target is not None and pair.label is not None:
-        label = pair.label.read_bytes()
-        _check_label(label, target, pair, image_size(image), facts)
-        members[target.extension] = label
+        label, sky = pair.label.read(), pair.sky.read() if pair.sky else None
+        _check_label(label, sky, target, pair, image_size(image), facts)
+        members |= {target.extension: label} | ({"sky.png": sky} if sky else {})
     return members | {"json": json.dumps(facts, sort_keys=True).encode()}
 
 
-def _read_image(path: Path) -> tuple[str, bytes]:
+def _read_image(source: Source) -> tuple[str, bytes]:
     """Extension and content of the image member; SampleError when it cannot be decoded to its end."""
-    data = path.read_bytes()
-    if path.suffix.lower() in COPIED_SUFFIXES:
+    data = source.read()
+    if source.suffix in COPIED_SUFFIXES:
         decode_image(data, reduce=8)
-        return path.suffix.lower()[1:], data
+        return source.suffix[1:], data
     return "png", cv2.imencode(".png", cv2.cvtColor(decode_image(data), cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
@@ -116,7 +119,9 @@ def _read_pose(path: Path) -> list[list[float]]:
     return pose.tolist()
 
 
-def _check_label(data: bytes, target: TargetSpec, pair: Pair, image: tuple[int, int], facts: dict[str, Any]) -> None:
+def _check_label(
+    data: bytes, sky: bytes | None, target: TargetSpec, pair: Pair, image: tuple[int, int], facts: dict[str, Any]
+) -> None:
     """SampleError unless the label can be decoded and belongs to an image of this size; completes `facts`.
 
     The label has the size that the index states, or that of the image, or is smaller with the same aspect ratio to
@@ -133,7 +138,7 @@ def _check_label(data: bytes, target: TargetSpec, pair: Pair, image: tuple[int, 
             if "intrinsics_px" in facts:
                 scales = np.array([label[1] / image[1], label[0] / image[0]] * 2)
                 facts["intrinsics_px"] = (scales * facts["intrinsics_px"]).tolist()
-        decode_target(data, target, facts, "disparity")
+        decode_target(data, target, facts, "disparity", sky=sky)
     except SampleError as error:
         raise SampleError(f"{pair.label}: {error}") from error
 
@@ -157,6 +162,11 @@ def _load_record(path: Path) -> Record | None:
 def _is_whole(tar: Path, shard: Shard | None) -> bool:
     """A tar gets its name when it is complete, so its size tells; `depthkit inspect` compares the hash."""
     return shard is not None and tar.is_file() and tar.stat().st_size == shard.num_bytes
+
+
+def _as_text(value: object) -> str:
+    """Of a path or a reader; the address in memory that the text of a function holds would differ in every run."""
+    return getattr(value, "__qualname__", str(value))
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from depthkit.data.manifest import Codec, TargetSpec
+from depthkit.data.sources import Source, file
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".ppm", ".bmp", ".tif", ".tiff"}
 MAX_KEY_LENGTH = 60  # a tar header has room for 100 bytes, extension included
@@ -52,6 +53,8 @@ CODEC_SUFFIXES = {
     "png16_sunrgbd": "png",
     "pgm16_nyu_raw": "pgm",
     "npy": "npy",
+    "npz": "npz",
+    "exr": "exr",
     "pfm": "pfm",
     "tiff32f": "tiff",
 }
@@ -69,11 +72,15 @@ SAMPLE_FACTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One image with its label. `label_size` is (height, width), `facts` are those of the sample's JSON member."""
+    """One image with its label and its sky mask (8-bit grey PNG of the label's size, above 0 = sky), where it has them.
+
+    `label_size` is (height, width), `facts` are those of the sample's JSON member.
+    """
 
     key: str
-    image: Path
-    label: Path | None = None
+    image: Source
+    label: Source | None = None
+    sky: Source | None = None
     pose: Path | None = None
     label_size: tuple[int, int] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +88,10 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class PairSet:
-    """The pairs of one data set, sorted by key. The texts come from a `SOURCE.md` beside the images, if any."""
+    """The pairs of one data set, sorted by key; `split` is None where the command line says it.
+
+    The texts are those of `data_manifests`, or come from a `SOURCE.md` beside the images, if any.
+    """
 
     name: str
     target: TargetSpec | None
@@ -89,6 +99,8 @@ class PairSet:
     licence: str
     source: str
     description: str
+    citation: str = ""
+    split: str | None = None
 
 
 def read_input(path: Path) -> list[PairSet]:
@@ -109,7 +121,7 @@ def read_folder(folder: Path) -> PairSet:
     if not paths:
         raise ValueError(f"{folder}: no image here; known suffixes are {', '.join(sorted(IMAGE_SUFFIXES))}")
     keys = safe_keys({name: name.rpartition(".")[0] for name in paths})
-    pairs = [Pair(key=keys[name], image=path, facts={"source_id": name}) for name, path in paths.items()]
+    pairs = [Pair(key=keys[name], image=file(path), facts={"source_id": name}) for name, path in paths.items()]
     return _pair_set(safe(folder.resolve().name), None, pairs, folder)
 
 
@@ -208,8 +220,8 @@ def _pair(key: str, row: dict[str, Any], root: Path) -> Pair:
     size = row.get("label_size")
     return Pair(
         key=key,
-        image=root / row["rgb"],
-        label=root / row["label"] if "label" in row else None,
+        image=file(root / row["rgb"]),
+        label=file(root / row["label"]) if "label" in row else None,
         pose=root / row["pose"] if "pose" in row else None,
         label_size=(size[1], size[0]) if size else None,
         facts={name: row[old] for old, name in SAMPLE_FACTS.items() if old in row},
@@ -218,7 +230,7 @@ def _pair(key: str, row: dict[str, Any], root: Path) -> Pair:
 
 def _pair_set(name: str, target: TargetSpec | None, pairs: Iterable[Pair], root: Path) -> PairSet:
     ordered = tuple(sorted(pairs, key=lambda pair: pair.key))
-    return PairSet(name=name, target=target, pairs=ordered, **_read_source(ordered[0].image.parent, root))
+    return PairSet(name=name, target=target, pairs=ordered, **_read_source(ordered[0].image.path.parent, root))
 
 
 def _read_source(folder: Path, root: Path) -> dict[str, str]:

@@ -1,0 +1,46 @@
+"""Public data sets as their authors ship them: one function for each layout, which finds the files of each split.
+
+A converter is `find(root) -> {split: pairs}`. It reads names, file lists and calibration, never pixels; how a label is
+stored and in which unit stands in `data_manifests/NAME.yaml`, once. FileNotFoundError names what is not where the
+layout says.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+
+from depthkit.data.facts import load_facts
+from depthkit.data.pairs import Pair, PairSet
+
+Splits = Mapping[str, Iterable[Pair]]
+
+
+def read_dataset(name: str, root: Path) -> list[PairSet]:
+    """The splits of a public data set below `root`, with what is known about it.
+
+    The first split is called NAME, the others NAME_SPLIT. ValueError for an unknown name and for a root that holds no
+    image of it, FileNotFoundError for what is missing.
+    """
+    facts = load_facts(name)
+    module, function = facts.converter.rsplit(".", 1)
+    find: Callable[[Path], Splits] = getattr(import_module(f"{__name__}.{module}"), function)
+    if not root.is_dir():
+        raise FileNotFoundError(f"root={root}: no such folder; {name} is expected as\n{facts.layout}")
+    sets = []
+    for number, (split, found) in enumerate(find(root).items()):
+        pairs = tuple(sorted(found, key=lambda pair: pair.key))
+        if not pairs:
+            raise ValueError(f"root={root}: no image of {name} ({split}) there; expected\n{facts.layout}")
+        sets.append(
+            PairSet(
+                name=name if number == 0 else f"{name}_{split}",
+                target=facts.target,
+                pairs=pairs,
+                licence=facts.licence,
+                source=facts.source,
+                description=facts.title,
+                citation=facts.citation,
+                split=split,
+            )
+        )
+    return sets
