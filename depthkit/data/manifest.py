@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from types import UnionType
@@ -177,15 +178,21 @@ def _parse_tuple(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any,
     return tuple(parse(types[i], item, f"{key}[{i}]") for i, item in enumerate(value))
 
 
+@cache
+def _fields_of(expected: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """Types of all fields of a dataclass, and the names of those without a default; a manifest has many shards."""
+    required = {
+        field.name for field in fields(expected) if field.default is MISSING and field.default_factory is MISSING
+    }
+    return get_type_hints(expected), frozenset(required)
+
+
 def _parse_dataclass(expected: Any, value: Any, key: str) -> Any:
     """A JSON object as a dataclass with exactly its fields."""
     if not isinstance(value, dict):
         raise ValueError(f"{key or 'manifest'}: {value!r} is not an object")
     prefix = f"{key}." if key else ""
-    types = get_type_hints(expected)
-    required = {
-        field.name for field in fields(expected) if field.default is MISSING and field.default_factory is MISSING
-    }
+    types, required = _fields_of(expected)
     for name, item in value.items():
         if name not in types:
             raise ValueError(f"{prefix}{name}: unknown key (value {item!r}); known keys: {', '.join(types)}")
