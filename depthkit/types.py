@@ -62,6 +62,13 @@ class StudentBatch(TypedDict):
     unlabeled: Batch
 
 
+class StepOutput(TypedDict):
+    """What a training step gives: the loss, and each of its parts as a value per image, (images,), detached."""
+
+    loss: Tensor
+    image_losses: dict[str, Tensor]
+
+
 class ModelOutput(NamedTuple):
     """`values` (B, H, W) >= 0 in the model's kind; `features` (B, C, h, w), the normalised tokens of the last block."""
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from depthkit.data.quarantine import Quarantine, QuarantineBudgetExceeded, SampleError
+from depthkit.runtime.quarantine import QuarantineMonitor
 from depthkit.types import Rejection
 
 
@@ -95,3 +96,17 @@ def test_the_summary_names_counts_datasets_reasons_and_the_list(path):
 def test_a_sample_error_is_a_value_error():
     with pytest.raises(ValueError, match="truncated"):
         raise SampleError("truncated")
+
+
+def test_counts_of_each_data_set_are_logged(tmp_path):
+    logged = []
+    logger = SimpleNamespace(log_metrics=lambda metrics, step: logged.append((step, metrics)))
+    trainer = SimpleNamespace(global_rank=0, log_every_n_steps=2, loggers=[logger], global_step=7)
+    monitor = QuarantineMonitor(tmp_path, max_fraction=0.5)
+    monitor.setup(trainer, None, "fit")
+    rejections = [Rejection(dataset=name, shard="s", key="k", reason="cut off") for name in ("a", "b", "a")]
+    for index, part in enumerate((rejections[:1], rejections[1:])):
+        batch = {"labeled": {"key": ["x"] * 4, "rejections": part}}
+        monitor.on_train_batch_start(trainer, None, batch, index)
+        monitor.on_train_batch_end(trainer, None, None, batch, index)
+    assert logged == [(7, {"quarantine/a": 2.0, "quarantine/b": 1.0})]

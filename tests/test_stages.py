@@ -110,7 +110,7 @@ def test_teacher_step_is_the_mean_of_its_loss(monkeypatch):
     prediction = module(part["image"]).values
     per_image = scale_shift_invariant_loss(prediction, part["target"], part["valid_mask"], trim_fraction=0.0)
     per_image = per_image + 2 * gradient_matching_loss(prediction, part["target"], part["valid_mask"])
-    loss = module.training_step({"labeled": part}, 0)
+    loss = module.training_step({"labeled": part}, 0)["loss"]
     torch.testing.assert_close(loss, per_image.mean())
     assert set(logged) == {"loss", "loss/labeled"}
     assert not logged["loss"].requires_grad
@@ -119,14 +119,14 @@ def test_teacher_step_is_the_mean_of_its_loss(monkeypatch):
 def test_an_image_without_labels_changes_no_gradient():
     module = TeacherModule(model(), TeacherConfig(), OptimConfig(), PROTOCOL)
     part = batch(1)
-    module.training_step({"labeled": part}, 0).backward()
+    module.training_step({"labeled": part}, 0)["loss"].backward()
     expected = [p.grad.clone() for p in module.model.parameters() if p.requires_grad]
     module.zero_grad()
     two = batch(2)
     two["image"][0], two["target"][0], two["valid_mask"][0] = part["image"][0], part["target"][0], part["valid_mask"][0]
     two["valid_mask"][1] = False
     two["target"][1] = torch.nan
-    (2 * module.training_step({"labeled": two}, 0)).backward()
+    (2 * module.training_step({"labeled": two}, 0)["loss"]).backward()
     for parameter, gradient in zip([p for p in module.model.parameters() if p.requires_grad], expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
 
@@ -140,7 +140,7 @@ def test_student_total_is_the_weighted_mean_of_its_parts(monkeypatch):
         module.frozen_encoder.vit.norm.weight[0] += 5.0  # else it agrees with the student
     logged = Logged(module, monkeypatch)
     labeled, unlabeled = batch(2, seed=1), batch(4, seed=2)
-    total = module.training_step({"labeled": labeled, "unlabeled": unlabeled}, 0)
+    total = module.training_step({"labeled": labeled, "unlabeled": unlabeled}, 0)["loss"]
     assert set(logged) == {"loss", "loss/labeled", "loss/unlabeled", "loss/feature"}
     parts = {name: logged[f"loss/{name}"] for name in ("labeled", "unlabeled", "feature")}
     torch.testing.assert_close(total, (parts["labeled"] + 2 * parts["unlabeled"] + 3 * parts["feature"]) / 6)
@@ -161,7 +161,7 @@ def test_student_without_labeled_images(monkeypatch):
     module = student(drop_fraction=0.1)
     logged = Logged(module, monkeypatch)
     part = batch(4)
-    total = module.training_step({"unlabeled": part}, 0)
+    total = module.training_step({"unlabeled": part}, 0)["loss"]
     assert set(logged) == {"loss", "loss/unlabeled", "loss/feature"}
     expected = affine_invariant_loss(
         module(part["image"]).values, part["target"], part["valid_mask"], drop_fraction=0.1
@@ -174,7 +174,7 @@ def test_labeled_images_are_not_trimmed(monkeypatch):
     module = student(drop_fraction=0.5)
     logged = Logged(module, monkeypatch)
     part = batch(2)
-    module.training_step({"labeled": part, "unlabeled": part}, 0)
+    module.training_step({"labeled": part, "unlabeled": part}, 0)["loss"]
     expected = affine_invariant_loss(module(part["image"]).values, part["target"], part["valid_mask"]).mean()
     torch.testing.assert_close(logged["loss/labeled"], expected)
     assert logged["loss/unlabeled"] < logged["loss/labeled"]
@@ -183,8 +183,8 @@ def test_labeled_images_are_not_trimmed(monkeypatch):
 def test_order_of_the_streams_does_not_matter():
     module = student()
     labeled, unlabeled = batch(2, seed=1), batch(4, seed=2)
-    first = module.training_step({"labeled": labeled, "unlabeled": unlabeled}, 0)
-    second = module.training_step({"unlabeled": unlabeled, "labeled": labeled}, 0)
+    first = module.training_step({"labeled": labeled, "unlabeled": unlabeled}, 0)["loss"]
+    second = module.training_step({"unlabeled": unlabeled, "labeled": labeled}, 0)["loss"]
     torch.testing.assert_close(first, second)
 
 
@@ -194,11 +194,11 @@ def test_cutmix_regions_are_normalised_apart(monkeypatch):
     region = torch.zeros(2, 32, 32, dtype=torch.bool)
     region[:, 4:20, 8:30] = True
     part = batch(2, cutmix_region=region)
-    before = module.training_step({"unlabeled": part}, 0)
+    before = module.training_step({"unlabeled": part}, 0)["loss"]
     part["target"] = torch.where(region, 7 * part["target"] + 3, part["target"])
-    torch.testing.assert_close(module.training_step({"unlabeled": part}, 0), before)
+    torch.testing.assert_close(module.training_step({"unlabeled": part}, 0)["loss"], before)
     del part["cutmix_region"]
-    assert not torch.isclose(module.training_step({"unlabeled": part}, 0), before, rtol=1e-2)
+    assert not torch.isclose(module.training_step({"unlabeled": part}, 0)["loss"], before, rtol=1e-2)
 
 
 def test_frozen_encoder_stays_frozen():
@@ -211,7 +211,7 @@ def test_frozen_encoder_stays_frozen():
     before = {name: tensor.clone() for name, tensor in module.frozen_encoder.state_dict().items()}
 
     optimizer = torch.optim.SGD(parameter_groups(module.model, module.model.encoder, OptimConfig(encoder_lr=0.1)))
-    module.training_step({"labeled": batch(1), "unlabeled": batch(2)}, 0).backward()
+    module.training_step({"labeled": batch(1), "unlabeled": batch(2)}, 0)["loss"].backward()
     optimizer.step()
     assert all(
         parameter.grad is None and not parameter.requires_grad for parameter in module.frozen_encoder.parameters()
@@ -226,7 +226,7 @@ def test_feature_loss_pulls_on_the_encoder_alone():
     module = student(labeled_weight=0.0, unlabeled_weight=0.0, tolerance_margin=0.0)
     with torch.no_grad():
         module.frozen_encoder.vit.norm.weight[0] += 5.0
-    module.training_step({"labeled": batch(1), "unlabeled": batch(2)}, 0).backward()
+    module.training_step({"labeled": batch(1), "unlabeled": batch(2)}, 0)["loss"].backward()
     assert all(
         not parameter.grad.any() for parameter in module.model.decoder.parameters() if parameter.grad is not None
     )
@@ -301,7 +301,7 @@ def test_pretraining_sees_no_hidden_pixel(monkeypatch):
     part = batch(4)
     part["image"].requires_grad_()
     pixels = hidden(module, monkeypatch, step=0).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
-    module.training_step({"unlabeled": part}, 0).backward()
+    module.training_step({"unlabeled": part}, 0)["loss"].backward()
     gradient = part["image"].grad.masked_select(pixels)
     torch.testing.assert_close(gradient.abs(), torch.full_like(gradient, 1 / (3 * pixels.sum())), rtol=1e-4, atol=0)
     assert part["image"].grad.masked_select(~pixels).any()
@@ -310,7 +310,7 @@ def test_pretraining_sees_no_hidden_pixel(monkeypatch):
 def test_pretraining_trains_the_mask_token_and_the_whole_encoder(monkeypatch):
     module = pretrain()
     monkeypatch.setattr(PretrainModule, "trainer", OneRank(), raising=False)
-    module.training_step({"unlabeled": batch(4)}, 0).backward()
+    module.training_step({"unlabeled": batch(4)}, 0)["loss"].backward()
     assert all(parameter.grad is not None and parameter.requires_grad for parameter in module.parameters())
 
 
@@ -341,7 +341,7 @@ def test_tiny_model_learns_one_real_image_by_heart(samples_dir):
     part = {"image": image[None], "target": disparity[None], "valid_mask": valid_mask[None]}
     losses = []
     for step in range(400):
-        loss = module.training_step({"labeled": part}, step)
+        loss = module.training_step({"labeled": part}, step)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

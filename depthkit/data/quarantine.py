@@ -54,6 +54,13 @@ class Quarantine:
         if self.num_seen >= self.min_samples and self.num_rejected > self.max_fraction * self.num_seen:
             raise QuarantineBudgetExceeded(self.summary())
 
+    def counts(self) -> dict[str, int]:
+        """Rejected samples by data set."""
+        counts: Counter[str] = Counter()
+        for (dataset, _), count in self.reasons.items():
+            counts[dataset] += count
+        return dict(counts)
+
     def summary(self) -> str:
         """One paragraph: how many of how many, the budget, the most frequent reasons, and where the whole list is."""
         lines = [

@@ -10,7 +10,8 @@ from depthkit.types import Batch, Rejection
 
 
 class QuarantineMonitor(L.Callback):
-    """Records what the loader rejected, into one file for each rank, and stops the run beyond the budget."""
+    """Records what the loader rejected, into one file for each rank, logs how many of each data set, and stops the run
+    beyond the budget."""
 
     def __init__(self, folder: Path, *, max_fraction: float) -> None:
         self.folder = folder
@@ -28,6 +29,16 @@ class QuarantineMonitor(L.Callback):
         assert self.quarantine is not None
         for part in batch.values():
             self.quarantine.record(len(part["key"]), part["rejections"])
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.quarantine is not None
+        is_due = (batch_idx + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if is_due and self.quarantine.num_rejected:
+            counts = {f"quarantine/{dataset}": float(count) for dataset, count in self.quarantine.counts().items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(counts, step=trainer.global_step)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch | Rejection, batch_idx: int, *_: Any

@@ -14,7 +14,7 @@ from depthkit.evaluation.protocols import protocol_id, score
 from depthkit.losses import MapLoss, affine_invariant_loss, gradient_matching_loss, scale_shift_invariant_loss
 from depthkit.models import DepthModel
 from depthkit.optim import build_optimizer, linear_schedule, parameter_groups
-from depthkit.types import Batch, ModelOutput, Rejection
+from depthkit.types import Batch, ModelOutput, Rejection, StepOutput
 
 
 class DepthModule(L.LightningModule):
@@ -32,13 +32,17 @@ class DepthModule(L.LightningModule):
     def forward(self, image: Tensor) -> ModelOutput:
         return self.model(image)
 
-    def weigh(self, parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-        """The weighted mean of the named losses, each logged as `loss/NAME` and the total as `loss`."""
-        weighted = [weights[name] * value for name, value in parts.items()]
+    def weigh(self, parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> StepOutput:
+        """The weighted mean of the named losses, each (images,), a value per image.
+
+        Their means are logged as `loss/NAME` and the total as `loss`; callbacks get the values per image.
+        """
+        means = {name: values.mean() for name, values in parts.items()}
+        weighted = [weights[name] * mean for name, mean in means.items()]
         total = torch.stack(weighted).sum() / sum(weights[name] for name in parts)
-        self.log_dict({f"loss/{name}": value.detach() for name, value in parts.items()})
+        self.log_dict({f"loss/{name}": mean.detach() for name, mean in means.items()})
         self.log("loss", total.detach(), prog_bar=True)
-        return total
+        return {"loss": total, "image_losses": {name: values.detach() for name, values in parts.items()}}
 
     def validation_step(self, batch: Batch | Rejection, batch_idx: int) -> None:
         """Metrics of whole images in depth, after the alignment that the protocol names."""

@@ -3,13 +3,12 @@
 from typing import Self
 
 import torch
-from torch import Tensor
 
 from depthkit.config import OptimConfig, ProtocolConfig, StudentConfig
 from depthkit.losses import cutmix_loss, feature_alignment_loss
 from depthkit.models import DepthModel, Encoder
 from depthkit.stages.base import DepthModule, supervised_loss
-from depthkit.types import StudentBatch
+from depthkit.types import StepOutput, StudentBatch
 
 
 class StudentModule(DepthModule):
@@ -47,7 +46,7 @@ class StudentModule(DepthModule):
             self.frozen_encoder.eval()
         return self
 
-    def training_step(self, batch: StudentBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: StudentBatch, batch_idx: int) -> StepOutput:
         unlabeled = batch["unlabeled"]
         images = [batch[name]["image"] for name in ("labeled", "unlabeled") if name in batch]
         output = self(torch.cat(images))
@@ -58,18 +57,16 @@ class StudentModule(DepthModule):
         parts = {}
         if num_labeled:
             labeled = batch["labeled"]
-            parts["labeled"] = self.labeled_loss(
-                output.values[:num_labeled], labeled["target"], labeled["valid_mask"]
-            ).mean()
+            parts["labeled"] = self.labeled_loss(output.values[:num_labeled], labeled["target"], labeled["valid_mask"])
         if "cutmix_region" in unlabeled:
             region = unlabeled["cutmix_region"]
-            parts["unlabeled"] = cutmix_loss(self.unlabeled_loss, prediction, target, valid_mask, region).mean()
+            parts["unlabeled"] = cutmix_loss(self.unlabeled_loss, prediction, target, valid_mask, region)
         else:
-            parts["unlabeled"] = self.unlabeled_loss(prediction, target, valid_mask).mean()
+            parts["unlabeled"] = self.unlabeled_loss(prediction, target, valid_mask)
         if self.frozen_encoder is not None:
             with torch.no_grad():
                 _, frozen_features = self.frozen_encoder(unlabeled["image"])
             parts["feature"] = feature_alignment_loss(
                 output.features[num_labeled:], frozen_features, tolerance_margin=self.tolerance_margin
-            ).mean()
+            )
         return self.weigh(parts, self.weights)

@@ -1,11 +1,9 @@
 """Stage 1: a teacher on labeled mixes."""
 
-from torch import Tensor
-
 from depthkit.config import OptimConfig, ProtocolConfig, TeacherConfig
 from depthkit.models import DepthModel
 from depthkit.stages.base import DepthModule, supervised_loss
-from depthkit.types import Batch
+from depthkit.types import Batch, StepOutput
 
 
 class TeacherModule(DepthModule):
@@ -15,8 +13,8 @@ class TeacherModule(DepthModule):
         super().__init__(model, stage, optim, protocol)
         self.loss = supervised_loss(stage.loss, gradient_matching_weight=stage.gradient_matching_weight)
 
-    def training_step(self, batch: dict[str, Batch], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Batch], batch_idx: int) -> StepOutput:
         labeled = batch["labeled"]
         prediction = self(labeled["image"]).values
-        loss = self.loss(prediction, labeled["target"], labeled["valid_mask"]).mean()
-        return self.weigh({"labeled": loss}, {"labeled": 1.0})
+        losses = self.loss(prediction, labeled["target"], labeled["valid_mask"])
+        return self.weigh({"labeled": losses}, {"labeled": 1.0})
