@@ -49,7 +49,7 @@ def test_stages_without_losses_per_image_log_nothing():
 
 def test_curves_of_a_student_are_in_its_log(tiny_config, tmp_path):
     run(tiny_config("student", tmp_path, "trainer.log_every_n_steps=3"))
-    header, *lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    header, *lines = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
     names = header.split(",")
     assert {"loss/labeled/source", "loss/unlabeled/target", "loss/feature/target"} <= set(names)
     column = names.index("loss/labeled/source")

@@ -1,6 +1,7 @@
 """What is written about bad samples, and when they are too many."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 

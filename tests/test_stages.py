@@ -301,7 +301,7 @@ def test_pretraining_sees_no_hidden_pixel(monkeypatch):
     part = batch(4)
     part["image"].requires_grad_()
     pixels = hidden(module, monkeypatch, step=0).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
-    module.training_step({"unlabeled": part}, 0)["loss"].backward()
+    module.training_step({"unlabeled": part}, 0).backward()
     gradient = part["image"].grad.masked_select(pixels)
     torch.testing.assert_close(gradient.abs(), torch.full_like(gradient, 1 / (3 * pixels.sum())), rtol=1e-4, atol=0)
     assert part["image"].grad.masked_select(~pixels).any()
@@ -310,7 +310,7 @@ def test_pretraining_sees_no_hidden_pixel(monkeypatch):
 def test_pretraining_trains_the_mask_token_and_the_whole_encoder(monkeypatch):
     module = pretrain()
     monkeypatch.setattr(PretrainModule, "trainer", OneRank(), raising=False)
-    module.training_step({"unlabeled": batch(4)}, 0)["loss"].backward()
+    module.training_step({"unlabeled": batch(4)}, 0).backward()
     assert all(parameter.grad is not None and parameter.requires_grad for parameter in module.parameters())
 
 
