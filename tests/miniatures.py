@@ -44,9 +44,7 @@ class Packed:
         return json.loads(self.samples[source_id].members["json"])  # type: ignore[no-any-return]
 
     def image(self, source_id: str) -> np.ndarray:
-        data = image_member(self.samples[source_id].members)
-        assert data is not None
-        return decode_image(data)
+        return decode_image(image_member(self.samples[source_id].members))
 
     def target(self, source_id: str, kind: Kind = "depth") -> np.ndarray:
         """(H, W) with NaN where nothing is valid."""
