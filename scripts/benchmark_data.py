@@ -1,4 +1,5 @@
-"""Images per second and core: depthkit's training streams beside plain Datasets that read the same files with OpenCV.
+"""Images per second and core: depthkit's training streams beside plain Datasets that read the same files with OpenCV,
+and beside a stock webdataset pipeline over the same shard with the same decode.
 
     python scripts/benchmark_data.py                   # procedural pictures
     python scripts/benchmark_data.py --images FOLDER   # pictures of your own, with procedural depth
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+import webdataset
 from torch.utils.data import DataLoader, Dataset
 
 from depthkit.config import AugmentConfig, DataConfig, DatasetConfig
@@ -51,10 +53,11 @@ class Source(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One comparison: stream of ours against the way of preparing a sample that stands under `PLAIN`."""
+    """One comparison: stream of ours against the way of preparing a sample that stands under `PREPARE`."""
 
     stream: str
-    plain: str
+    prepare: str
+    reader: str = "Dataset"  # or "webdataset"
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
@@ -151,13 +154,19 @@ class PlainDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         path = self.images[index]
-        image = cv2.cvtColor(read_file(path), cv2.COLOR_BGR2RGB)
         stored = read_file(path.with_suffix(f".{self.label}"), cv2.IMREAD_UNCHANGED)
-        target = stored.astype(np.float32) / np.float32(DEPTH.scale)
-        image, target = self.prepare(image, target, np.random.default_rng(index))
-        target = np.ascontiguousarray(target)
-        tensors = {"image": np.ascontiguousarray(image), "target": target, "valid_mask": target > 0}
-        return {name: torch.from_numpy(array) for name, array in tensors.items()}
+        return to_tensors(read_file(path), stored, self.prepare, np.random.default_rng(index))
+
+
+def to_tensors(
+    bgr: np.ndarray, stored: np.ndarray, prepare: Prepare, generator: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """What either plain side makes of a decoded image and label."""
+    target = stored.astype(np.float32) / np.float32(DEPTH.scale)
+    image, target = prepare(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), target, generator)
+    target = np.ascontiguousarray(target)
+    tensors = {"image": np.ascontiguousarray(image), "target": target, "valid_mask": target > 0}
+    return {name: torch.from_numpy(array) for name, array in tensors.items()}
 
 
 def official_order(
@@ -200,7 +209,7 @@ def crop_and_flip(
     return (image[:, :, ::-1], target[:, ::-1]) if generator.random() < 0.5 else (image, target)
 
 
-PLAIN: dict[str, Prepare] = {
+PREPARE: dict[str, Prepare] = {
     "official order, float64": partial(official_order, dtype=np.float64),
     "the same in float32": partial(official_order, dtype=np.float32),
     "8 bits, crop, perturb": partial(perturbed_crop, perturb=PhotometricPerturbation(PERTURBED)),
@@ -208,6 +217,7 @@ PLAIN: dict[str, Prepare] = {
 ROWS = [
     Row("labeled", "official order, float64"),
     Row("labeled", "the same in float32"),
+    Row("labeled", "the same in float32", reader="webdataset"),
     Row("unlabeled", "8 bits, crop, perturb"),
 ]
 LABEL_FILES = {"labeled": "depth.png", "unlabeled": "disparity.png"}
@@ -229,14 +239,30 @@ def our_batches(folder: Path, stream: str, batch_size: int) -> Iterator[Any]:
 
 def plain_batches(folder: Path, row: Row, batch_size: int) -> Iterator[Any]:
     """Endless batches of the plain Dataset."""
-    loader = DataLoader(PlainDataset(folder, LABEL_FILES[row.stream], PLAIN[row.plain]), batch_size=batch_size)
+    loader = DataLoader(PlainDataset(folder, LABEL_FILES[row.stream], PREPARE[row.prepare]), batch_size=batch_size)
     while True:
         yield from loader
 
 
+def webdataset_batches(folder: Path, row: Row, batch_size: int) -> Iterator[Any]:
+    """Endless batches of a stock webdataset pipeline over the shard that our side reads."""
+    generator = np.random.default_rng(0)
+
+    def prepare(sample: dict[str, bytes]) -> dict[str, torch.Tensor]:
+        image = cv2.imdecode(np.frombuffer(sample["jpg"], np.uint8), cv2.IMREAD_COLOR)
+        stored = cv2.imdecode(np.frombuffer(sample[LABEL_FILES[row.stream]], np.uint8), cv2.IMREAD_UNCHANGED)
+        return to_tensors(image, stored, PREPARE[row.prepare], generator)
+
+    dataset = webdataset.WebDataset(str(folder / "images.tar"), shardshuffle=False).map(prepare)
+    yield from webdataset.WebLoader(dataset.repeat(), batch_size=batch_size)
+
+
+READERS = {"Dataset": plain_batches, "webdataset": webdataset_batches}
+
+
 def time_row(folder: Path, row: Row, *, num_images: int, rounds: int) -> tuple[float, float]:
-    """Images per second of our stream and of the plain Dataset: medians over rounds of every image once."""
-    sides = [our_batches(folder, row.stream, num_images), plain_batches(folder, row, num_images)]
+    """Images per second of our stream and of the other side: medians over rounds of every image once."""
+    sides = [our_batches(folder, row.stream, num_images), READERS[row.reader](folder, row, num_images)]
     rates: list[list[float]] = [[], []]
     for side in sides:
         next(side)  # opens shards, fills the page cache
@@ -260,7 +286,7 @@ def main() -> None:
 
     sources = make_sources(num_images, arguments.images)
     ratios = []
-    print(f"{'height x width':15} {'stream':10} {'depthkit':>13} {'plain':>13} {'ratio':>6}  plain Dataset")
+    print(f"{'height x width':15} {'stream':10} {'depthkit':>13} {'plain':>13} {'ratio':>6}  the plain side")
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
             name = f"{size[0]}x{size[1]}"
@@ -269,8 +295,8 @@ def main() -> None:
                 ours, plain = time_row(Path(folder) / name, row, num_images=num_images, rounds=rounds)
                 ratios.append(ours / plain)
                 rates = f"{ours:7.1f} im/s {plain:7.1f} im/s"
-                print(f"{name:15} {row.stream:10}  {rates} {ratios[-1]:6.2f}  {row.plain}", flush=True)
-    print(f"ratio of the first row (largest source, {ROWS[0].plain}): {ratios[0]:.2f}")
+                print(f"{name:15} {row.stream:10}  {rates} {ratios[-1]:6.2f}  {row.reader}: {row.prepare}", flush=True)
+    print(f"ratio of the first row (largest source, {ROWS[0].prepare}): {ratios[0]:.2f}")
 
 
 if __name__ == "__main__":
