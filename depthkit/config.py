@@ -222,11 +222,17 @@ class PseudoLabelConfig(StageConfig):
     out: str = MISSING  # folder for label shards and their manifest
     short_side: int | None = None  # pixels; null = as the teacher was trained; aspect kept, multiples of the patch
     batch_size: int = 8  # images of one size per forward pass
-    num_workers: int = 4
+    num_workers: int = 4  # loader processes per labelling process
+    num_writers: int = 4  # threads per labelling process that encode and write labels
+    compile: bool = False  # torch.compile the teacher: slow at first
+    verify: bool = False  # check every finished label shard first, and label broken ones again
+    claim_timeout: float = 120.0  # seconds without a sign of life after which a shard is taken from its process
 
     def __post_init__(self) -> None:
         check(self.short_side is None or self.short_side > 0, "stage.short_side", self.short_side, "> 0 or null")
         check(self.batch_size > 0, "stage.batch_size", self.batch_size, "> 0")
+        check(self.num_writers > 0, "stage.num_writers", self.num_writers, "> 0")
+        check(self.claim_timeout > 0, "stage.claim_timeout", self.claim_timeout, "> 0 (seconds)")
 
 
 @dataclass(kw_only=True)

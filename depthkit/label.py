@@ -1,25 +1,45 @@
-"""`depthkit label bundle=TEACHER images=MANIFEST out=DIR`: pseudo-labels for every image of a data set."""
+"""`depthkit label bundle=TEACHER images=MANIFEST out=DIR`: pseudo-labels for every image of a data set.
 
-from collections.abc import Sequence
+Any number of processes may run this at once on one `out`, on one machine or on many that share the folder: each takes
+shards that no other one works on, and those of processes that died. Whoever finds all of them done writes the manifest.
+"""
+
+import multiprocessing
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import RichProgressBar
 from torch.utils.data import DataLoader
 
 import depthkit
 from depthkit.bundle import load_model
 from depthkit.config import ConfigError, PseudoLabelConfig, TrainConfig
+from depthkit.data.claims import Claims
 from depthkit.data.datamodule import single_thread
-from depthkit.data.labeling import ImageChunks, LabelShards
+from depthkit.data.label_images import ImageChunks, full_batches
+from depthkit.data.labeling import LabelShards
 from depthkit.data.manifest import LabelsOf, load_manifest
+from depthkit.data.quarantine import QuarantineBudgetExceeded
+from depthkit.data.shards import ShardReader
 from depthkit.hydra_entry import hydra_main
 from depthkit.licences import stated_licences
+from depthkit.runtime.quiet import keep_back_noise
 from depthkit.stages.pseudo_label import PseudoLabelModule, WriteLabels
 
-SHORT_KEYS = ("bundle", "images", "out")
+SHORT_KEYS = ("bundle", "images", "out", "verify")
 """Settings of the stage that this verb takes without their prefix."""
+CLAIMS = ".claims"
+MAX_PAUSE = 5.0
+"""Seconds between two looks at the shards that others work on."""
 
 
 def main(argv: list[str]) -> int:
@@ -36,60 +56,166 @@ def as_stage_settings(overrides: Sequence[str]) -> list[str]:
 def label(config: TrainConfig) -> Path:
     """Label what is not labeled yet; returns the path of the label set's manifest.
 
-    Done shards are kept, so a run that was stopped is started again with the same command. With several ranks each
-    takes every n-th pending shard.
+    Done shards are kept, so a run that was stopped is started again with the same command. `trainer.devices` processes
+    are started here, unless torchrun or srun started several on this machine; they do not talk to each other.
     """
-    stage = config.stage
-    if not isinstance(stage, PseudoLabelConfig):
-        raise ConfigError(f"stage.name={stage.name!r}: labelling needs stage=pseudo_label")
+    if not isinstance(config.stage, PseudoLabelConfig):
+        raise ConfigError(f"stage.name={config.stage.name!r}: labelling needs stage=pseudo_label")
+    if config.trainer.devices > 1 and not is_one_of_several():
+        return start_processes(config, config.trainer.devices)
+    return label_in_this_process(config, config.stage)
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun, or srun with several tasks on this machine, started this process."""
+    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return "LOCAL_RANK" in os.environ or (tasks is not None and int(tasks[0]) > 1)
+
+
+def local_rank() -> int:
+    """The number of this process among those that one command started on this machine."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def start_processes(config: TrainConfig, count: int) -> Path:
+    """Label with `count` processes; ChildProcessError when none of them could finish the set."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_child, args=(config, rank)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    codes = [process.exitcode for process in processes]
+    if all(codes):
+        raise ChildProcessError(f"all of {count} processes failed (exit codes {codes}); what they said stands above")
+    if any(codes):
+        print(f"{sum(map(bool, codes))} of {count} processes failed (exit codes {codes}); the others did their work")
+    return Path(config.stage.out) / "manifest.json"  # type: ignore[attr-defined]
+
+
+def _child(config: TrainConfig, rank: int) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    keep_back_noise()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        label(config)
+    except (ValueError, OSError, QuarantineBudgetExceeded) as error:
+        print(f"depthkit label: process {rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
+# --- one process -----------------------------------------------------------------------------------------------------
+
+
+def label_in_this_process(config: TrainConfig, stage: PseudoLabelConfig) -> Path:
     images_path = Path(stage.images)
-    images = load_manifest(images_path)
+    reader = ShardReader(load_manifest(images_path), images_path.parent)
     model, facts = load_model(Path(stage.bundle))
     if facts.kind != "disparity":
         raise ConfigError(f"stage.bundle={stage.bundle} predicts {facts.kind}; pseudo-labels need a model of disparity")
-    short_side = stage.short_side or facts.short_side
+    short_side, multiple = stage.short_side or facts.short_side, model.encoder.multiple
+    size_rule = f"shorter side {short_side} px, aspect kept, sides multiples of {multiple}"
     origin = LabelsOf(
-        images=images.name,
-        images_digest=images.digest(),
+        images=reader.manifest.name,
+        images_digest=reader.manifest.digest(),
         teacher_sha256=facts.sha256,
-        resolution=f"shorter side {short_side} px, aspect kept, sides multiples of {model.encoder.multiple}",
+        resolution=f"{size_rule}; precision {config.trainer.precision}",
         code_version=depthkit.__version__,
         teacher_licences=stated_licences(facts.provenance),
     )
-    shards = LabelShards(Path(stage.out), images, origin)
-    writer = WriteLabels(shards, max_rejected=config.data.quarantine_budget)
-    trainer = L.Trainer(
-        accelerator=config.trainer.accelerator,
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.num_nodes,
-        strategy=config.trainer.strategy,
-        precision=config.trainer.precision,  # type: ignore[arg-type]
-        logger=False,
-        callbacks=[writer, *([RichProgressBar()] if config.trainer.enable_progress_bar else [])],
-        enable_progress_bar=config.trainer.enable_progress_bar,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    pending = shards.pending()
-    chunks = ImageChunks(
-        images_path,
-        pending[trainer.global_rank :: trainer.world_size],
-        chunk_size=stage.batch_size,
-        short_side=short_side,
-        multiple=model.encoder.multiple,
-    )
-    if pending:
+    module = PseudoLabelModule(model, mean=facts.mean, std=facts.std, compile=stage.compile)
+    chunks = ImageChunks(reader, short_side=short_side, multiple=multiple)
+    claims = Claims(Path(stage.out) / CLAIMS, timeout=stage.claim_timeout)
+    shards = LabelShards(Path(stage.out), reader, origin, claims, max_rejected=config.data.quarantine_budget)
+    writer = WriteLabels(shards, num_threads=stage.num_writers)
+    with claims:
+        try:
+            if stage.verify and local_rank() == 0:
+                verify(shards, stage.num_writers)
+            seconds = label_until_done(config, stage, shards, chunks, module, writer)
+        finally:
+            writer.close()
+            shards.abandon()
+    print(f"{shards.manifest_path}: {reader.manifest.num_samples} images. {summary(shards, writer, seconds)}")
+    return shards.manifest_path
+
+
+def summary(shards: LabelShards, writer: WriteLabels, seconds: float) -> str:
+    """What this process did: how much, how fast, and how long it did not wait for the teacher."""
+    done = f"{shards.num_written} of {len(shards.names)} shards written in this process"
+    if not writer.num_images:
+        return done
+    idle = max(0.0, 1 - writer.forward_seconds / seconds)
+    return f"{done}: {writer.num_images / seconds:.1f} images/s, {idle:.0%} of the time not in the forward pass"
+
+
+def label_until_done(
+    config: TrainConfig,
+    stage: PseudoLabelConfig,
+    shards: LabelShards,
+    chunks: ImageChunks,
+    module: PseudoLabelModule,
+    writer: WriteLabels,
+) -> float:
+    """Label what is free until the manifest is written, by this or another process; seconds spent labelling."""
+    trainer = build_trainer(config, writer)
+    seconds = 0.0
+    while not shards.finish():
+        if not shards.free():
+            time.sleep(min(MAX_PAUSE, stage.claim_timeout / 4))
+            continue
         loader = DataLoader(
             chunks,
             batch_size=None,
+            sampler=claimed_chunks(shards, stage.batch_size),
             num_workers=stage.num_workers,
             worker_init_fn=single_thread if stage.num_workers else None,
-            pin_memory=torch.cuda.is_available(),
         )
-        with shards:
-            trainer.predict(PseudoLabelModule(model, mean=facts.mean, std=facts.std), loader, return_predictions=False)
-    trainer.strategy.barrier("labels")
-    if trainer.is_global_zero:
-        done = f"{len(pending)} of {len(images.shards)} shards written in this run"
-        print(f"{shards.finish()}: {images.num_samples} images, {done}")
-    return shards.manifest_path
+        start = time.perf_counter()
+        batches = full_batches(loader, stage.batch_size, accept=shards.accept)
+        trainer.predict(module, batches, return_predictions=False)
+        seconds += time.perf_counter() - start
+    return seconds
+
+
+def claimed_chunks(shards: LabelShards, size: int) -> Iterator[tuple[int, int, int]]:
+    """(shard, first sample, end) of pieces of `size` samples; a shard is claimed when the loader gets to it."""
+    while (shard := shards.take()) is not None:
+        count = shards.images.manifest.shards[shard].num_samples
+        for first in range(0, count, size):
+            yield shard, first, min(first + size, count)
+
+
+def verify(shards: LabelShards, num_threads: int) -> None:
+    pending = set(shards.pending())
+    finished = [shard for shard in range(len(shards.names)) if shard not in pending]
+    with ThreadPoolExecutor(num_threads) as pool:
+        num_good = sum(pool.map(shards.verify, finished))
+    print(f"{shards.folder}: {num_good} of {len(finished)} finished label shards are whole")
+
+
+def build_trainer(config: TrainConfig, writer: WriteLabels) -> L.Trainer:
+    """A trainer of this process alone, whatever else Slurm or torchrun started."""
+    shows_progress = config.trainer.enable_progress_bar and local_rank() == 0
+    has_gpus = config.trainer.accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
+    return L.Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=[local_rank() % torch.cuda.device_count()] if has_gpus else 1,
+        precision=config.trainer.precision,  # type: ignore[arg-type]
+        plugins=[LightningEnvironment()],
+        logger=False,
+        callbacks=[writer, *([RichProgressBar()] if shows_progress else [])],
+        enable_progress_bar=shows_progress,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )

@@ -1,197 +1,316 @@
-"""Pseudo-label shards: reading images for the teacher, writing its labels one shard for one image shard."""
+"""The folder of a label set: one label shard for one image shard, however many processes write it.
+
+A shard is done when its tar and its record (`label_store`) are there. A tar without a record, which a process that was
+killed in between leaves, is checked and kept.
+"""
 
 import json
-from collections import defaultdict
-from contextlib import ExitStack
+import os
+import random
+import threading
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Self
 
-import cv2
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from depthkit.config import ConfigError
-from depthkit.data.codecs import read_png8
-from depthkit.data.decode import decode_image, encode_disparity, image_size
-from depthkit.data.manifest import LabelsOf, Manifest, TargetSpec, load_manifest, save_manifest
-from depthkit.data.quarantine import SampleError
-from depthkit.data.shards import ShardReader, image_member
-from depthkit.data.windows import crop_image, full_window, inference_size
-from depthkit.data.writer import ShardWriter, describe_shard
+from depthkit.data.claims import Claims
+from depthkit.data.decode import encode_disparity
+from depthkit.data.index import index_path
+from depthkit.data.label_images import ImageChunk
+from depthkit.data.label_store import (
+    LABEL,
+    TARGET,
+    OpenLabels,
+    Record,
+    check_labels,
+    describe_labels,
+    keep_first,
+    load_record,
+    naming,
+    record_path,
+    remove_leftovers,
+    save_record,
+)
+from depthkit.data.manifest import LabelsOf, Manifest, save_manifest
+from depthkit.data.quarantine import Quarantine
+from depthkit.data.shards import ShardReader
 from depthkit.files import atomic_write
 from depthkit.types import Rejection
 
-LABEL = "disparity.png"
-TARGET = TargetSpec(quantity="disparity", codec="png16", extension=LABEL, metric=False)
+__all__ = ["LABEL", "TARGET", "LabelShards"]
 
-
-class ImageGroup(NamedTuple):
-    """Images of one size: `indices` (n,) within their shard, `images` (n, 3, H, W) uint8, `sky` (n, H, W) bool."""
-
-    indices: list[int]
-    images: Tensor
-    sky: Tensor
-
-
-class ImageChunk(NamedTuple):
-    """Consecutive samples of one shard, grouped by size; what could not be read is in `rejections`, by index."""
-
-    shard: int
-    keys: list[str]
-    first: int
-    is_last: bool
-    groups: list[ImageGroup]
-    rejections: dict[int, Rejection]
-
-
-class ImageChunks(Dataset):
-    """The images of some shards in order, `chunk_size` at a time, at the size the teacher sees them."""
-
-    def __init__(
-        self, manifest_path: Path, shards: list[int], *, chunk_size: int, short_side: int, multiple: int
-    ) -> None:
-        manifest = load_manifest(manifest_path)
-        self.name = manifest.name
-        self.reader = ShardReader(manifest, manifest_path.parent)
-        self.short_side = short_side
-        self.multiple = multiple
-        self.chunks = [
-            (shard, first, min(first + chunk_size, manifest.shards[shard].num_samples))
-            for shard in shards
-            for first in range(0, manifest.shards[shard].num_samples, chunk_size)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, index: int) -> ImageChunk:
-        shard, first, end = self.chunks[index]
-        keys = self.reader.keys(shard)
-        by_size: dict[tuple[int, ...], list[tuple[int, np.ndarray, np.ndarray]]] = defaultdict(list)
-        rejections = {}
-        for sample in range(first, end):
-            try:
-                image, sky = self._read(shard, sample)
-            except SampleError as error:
-                path = self.reader.root / self.reader.manifest.shards[shard].path
-                rejections[sample] = Rejection(dataset=self.name, shard=str(path), key=keys[sample], reason=str(error))
-                continue
-            by_size[image.shape].append((sample, image, sky))
-        groups = [
-            ImageGroup(
-                indices=[sample for sample, _, _ in items],
-                images=torch.from_numpy(np.stack([image for _, image, _ in items])).permute(0, 3, 1, 2).contiguous(),
-                sky=torch.from_numpy(np.stack([sky for _, _, sky in items])),
-            )
-            for items in by_size.values()
-        ]
-        return ImageChunk(shard, keys[first:end], first, end == len(keys), groups, rejections)
-
-    def _read(self, shard: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image (H, W, 3) at the teacher's size and its sky mask (H, W), empty where the data set has none."""
-        members = self.reader.read(shard, sample).members
-        data = image_member(members)
-        size = image_size(data)
-        window = full_window(size, inference_size(size, self.short_side, self.multiple))
-        image = crop_image(decode_image(data), window, size)
-        if "sky.png" not in members:
-            return image, np.zeros(window.size, bool)
-        sky = cv2.resize(read_png8(members["sky.png"]), window.size[::-1], interpolation=cv2.INTER_NEAREST)
-        return image, sky > 0
+MANIFEST = "manifest.json"
+REJECTED = "rejected.jsonl"
 
 
 class LabelShards:
-    """The folder of a label set: which shards are done, writing the others, and the manifest at the end.
+    """Which shards of a label set are done, taking and writing the others, and the manifest at the end.
 
-    A label shard has the name and the keys of its image shard, and its final name only once it is whole. A sample whose
-    image is broken keeps its place with `KEY.json` alone, which says why. ConfigError when the folder holds labels of
-    another teacher, resolution or image set, or no labels. As a context manager it removes the unfinished shard after
-    an exception.
+    A label shard has the name and the keys of its image shard. A sample whose image is broken keeps its place with
+    `KEY.json` alone, which says why. An image shard that cannot be read is set aside; once all others are done its
+    labels say so too, unless more than `max_rejected` of all images would be without a label: QuarantineBudgetExceeded
+    then. ConfigError when the folder holds labels of another teacher, resolution or image set, or no labels.
     """
 
-    def __init__(self, folder: Path, images: Manifest, labels_of: LabelsOf) -> None:
+    def __init__(
+        self, folder: Path, images: ShardReader, labels_of: LabelsOf, claims: Claims, *, max_rejected: float
+    ) -> None:
         self.folder = folder
         self.images = images
         self.labels_of = labels_of
-        self.manifest_path = folder / "manifest.json"
-        self._writer: ShardWriter | None = None
-        self._open = ExitStack()
+        self.claims = claims
+        self.max_rejected = max_rejected
+        self.manifest_path = folder / MANIFEST
+        self.names = [shard.path for shard in images.manifest.shards]
+        self.num_written = 0
+        self.quarantine = Quarantine(folder / f"rejected.{claims.token[:12]}.jsonl", max_fraction=max_rejected)
+        self._set_aside: dict[int, str] = {}
+        self._open: dict[int, OpenLabels] = {}
+        self._free: list[int] = []
+        self._is_alone = True
+        self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         origin = folder / "labels_of.json"
         if not origin.exists():
             self._check_free()
-        keep_origin(origin, labels_of)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._open.__exit__(*exception)
+        keep_origin(origin, labels_of, claims.token)
 
     def _check_free(self) -> None:
         """ConfigError when a file that is no label has the place of one: above all, the folder of the images."""
-        for path in (self.manifest_path, *map(self.path, range(len(self.images.shards)))):
+        for path in (self.manifest_path, *map(self.path, range(len(self.names)))):
             if path.exists():
                 raise ConfigError(f"{path} is there, but {self.folder} holds no labels: choose another out=FOLDER")
 
     def path(self, shard: int) -> Path:
-        return self.folder / self.images.shards[shard].path
+        return self.folder / self.names[shard]
+
+    # --- taking ------------------------------------------------------------------------------------------------------
 
     def pending(self) -> list[int]:
         """Image shards without a finished label shard."""
-        return [shard for shard in range(len(self.images.shards)) if not self.path(shard).is_file()]
+        found: set[str] = set()
+        for parent in {self.path(shard).parent for shard in range(len(self.names))}:
+            with suppress(FileNotFoundError):  # one listing is far cheaper than a question for each file
+                found.update(entry.path for entry in os.scandir(parent))
+        return [
+            shard
+            for shard in range(len(self.names))
+            if not {str(self.path(shard)), str(record_path(self.path(shard)))} <= found
+        ]
 
-    def write(self, chunk: ImageChunk, disparity: dict[int, np.ndarray]) -> None:
-        """Append one chunk's labels, `disparity` by index in the shard; the last chunk of a shard finishes it."""
-        if self._writer is None:
-            self.path(chunk.shard).parent.mkdir(parents=True, exist_ok=True)
-            self._writer = self._open.enter_context(ShardWriter(self.path(chunk.shard)))
-        for index, key in enumerate(chunk.keys, start=chunk.first):
-            if index in disparity:
-                png, facts = encode_disparity(disparity[index])
-                self._writer.add(key, {LABEL: png, "json": json.dumps(facts).encode()})
-            else:
-                self._writer.add(key, {"json": json.dumps({"rejected": chunk.rejections[index].reason}).encode()})
-        if chunk.is_last:
-            self._open.close()
-            self._writer = None
+    def free(self) -> list[int]:
+        """Pending shards that no living process works on and that this one did not set aside."""
+        taken = self.claims.taken()
+        return [s for s in self.pending() if s not in self._set_aside and self.names[s] not in taken]
 
-    def finish(self) -> Path:
-        """Write the manifest; returns its path. ValueError when a shard is missing or lacks samples."""
-        missing = [self.path(shard).name for shard in self.pending()]
-        if missing:
-            raise ValueError(
-                f"{self.folder}: {len(missing)} label shards are missing, {missing[0]} the first; run again"
-            )
-        manifest = Manifest(
-            name=self.images.name,
-            split=self.images.split,
+    def take(self) -> int | None:
+        """Claim a free shard; None when there is none."""
+        while self._free or self._look():
+            shard = self._free.pop()
+            dead = self.claims.take(self.names[shard])
+            if dead is not None:
+                if dead:
+                    remove_leftovers(self.path(shard), dead)
+                if not self._is_done(shard):
+                    return shard
+                self.claims.release(self.names[shard])
+            # Another one was here first. From now on in any order, so that processes that start together spread out.
+            self._is_alone = False
+            self._free = []
+        return None
+
+    def _look(self) -> list[int]:
+        self._free = self.free()[::-1]
+        if not self._is_alone:
+            random.shuffle(self._free)
+        return self._free
+
+    def _is_done(self, shard: int) -> bool:
+        """Whether a claimed shard is done after all, or needs its record alone."""
+        path = self.path(shard)
+        if not path.exists():
+            return False
+        if record_path(path).exists():
+            return True
+        try:
+            save_record(describe_labels(self.folder, self.names[shard]), path)
+            check_labels(self.folder, self.names[shard], self.images, shard)
+        except ValueError as error:
+            self._forget(shard, str(error))
+            return False
+        return True
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def accept(self, chunk: ImageChunk) -> bool:
+        """Get ready for the labels of a chunk of a claimed shard; False when none are wanted."""
+        shard = chunk.shard
+        if chunk.failure:
+            self._put_aside(shard, chunk.failure)
+            return False
+        with naming(self.path(shard)):
+            if chunk.first == 0:
+                self._open[shard] = self._start(shard)
+            labels = self._open.get(shard)
+            if labels is None:
+                return False
+            labels.keys += chunk.keys
+            self.quarantine.record(len(chunk.keys) - len(chunk.rejections), chunk.rejections.values())
+            for index, rejection in chunk.rejections.items():
+                if labels.reject(index, rejection.reason):
+                    self._place(shard, labels)
+        return True
+
+    def write(self, shard: int, index: int, disparity: np.ndarray) -> None:
+        """The label (H, W) of one image, from any thread. The last one of a shard puts the shard in place."""
+        labels = self._open.get(shard)
+        if labels is None:
+            return
+        png, facts = encode_disparity(disparity)
+        with naming(self.path(shard)):
+            if labels.add(index, {LABEL: png, "json": json.dumps(facts).encode()}):
+                self._place(shard, labels)
+
+    def abandon(self) -> None:
+        """Remove what is unfinished."""
+        for shard in list(self._open):
+            self._open.pop(shard).abandon()
+
+    def _start(self, shard: int) -> OpenLabels:
+        self.path(shard).parent.mkdir(parents=True, exist_ok=True)
+        return OpenLabels(self.path(shard), self.images.manifest.shards[shard].num_samples, self.claims.token)
+
+    def _place(self, shard: int, labels: OpenLabels, unreadable: str = "") -> None:
+        # First the manifest, if an earlier state had one: it would no longer be true.
+        self.manifest_path.unlink(missing_ok=True)
+        labels.place(self.names[shard], unreadable)
+        self._open.pop(shard, None)
+        with self._lock:
+            self.num_written += 1
+        self.claims.release(self.names[shard])
+
+    def _put_aside(self, shard: int, reason: str) -> None:
+        if shard in self._open:
+            self._open.pop(shard).abandon()
+        if shard not in self._set_aside:
+            print(f"{self._image_path(shard)} cannot be read, the other shards go on: {reason}")
+            self._set_aside[shard] = reason
+            self.claims.release(self.names[shard])
+
+    def _image_path(self, shard: int) -> str:
+        return f"{self.images.root}/{self.names[shard]}"
+
+    # --- checking ----------------------------------------------------------------------------------------------------
+
+    def verify(self, shard: int) -> bool:
+        """Check a finished shard, from any thread; a broken one is removed, so that it is pending again, and named."""
+        images = ShardReader(self.images.manifest, self.images.root)  # its own: a reader serves one thread
+        try:
+            check_labels(self.folder, self.names[shard], images, shard)
+        except (ValueError, OSError) as error:
+            if self.claims.take(self.names[shard]) is not None:
+                self._forget(shard, str(error))
+                self.claims.release(self.names[shard])
+            return False
+        return True
+
+    def _forget(self, shard: int, reason: str) -> None:
+        path = self.path(shard)
+        print(f"{path} is labeled again: {reason}")
+        for each in (self.manifest_path, record_path(path), path, index_path(path)):
+            each.unlink(missing_ok=True)
+
+    # --- finishing ---------------------------------------------------------------------------------------------------
+
+    def finish(self) -> bool:
+        """Write the manifest unless it is there; False while shards are missing and others may be at work on them.
+
+        QuarantineBudgetExceeded when too many images are without a label; the list of them is written first.
+        """
+        pending = self.pending()
+        if not pending and self.manifest_path.exists():
+            return True
+        taken = self.claims.taken()
+        if any(shard not in self._set_aside or self.names[shard] in taken for shard in pending):
+            return False
+        if self.claims.take(MANIFEST) is None:
+            return False
+        try:
+            records = {s: load_record(self.path(s)) for s in range(len(self.names)) if s not in pending}
+            self._judge(records, pending)
+            for shard in pending:
+                if self.claims.take(self.names[shard]) is None:
+                    return False
+                records[shard] = self._write_unreadable(shard)
+            save_manifest(self._manifest(list(dict(sorted(records.items())).values())), self.manifest_path)
+            for path in self.folder.glob("rejected.*.jsonl"):
+                path.unlink(missing_ok=True)
+        finally:
+            self.claims.release(MANIFEST)
+        return True
+
+    def _judge(self, records: dict[int, Record], unreadable: list[int]) -> None:
+        """Write the list of all images without a label; QuarantineBudgetExceeded when they are too many."""
+        rows = [
+            Rejection(dataset=self.images.manifest.name, shard=self._image_path(shard), key=key, reason=reason)
+            for shard, record in records.items()
+            for key, reason in record.rejected.items()
+        ]
+        for shard in unreadable:
+            rows += [
+                Rejection(
+                    dataset=self.images.manifest.name,
+                    shard=self._image_path(shard),
+                    key=key,
+                    reason=self._set_aside[shard],
+                )
+                for key in self._unknown_keys(shard)
+            ]
+        (self.folder / REJECTED).unlink(missing_ok=True)
+        quarantine = Quarantine(self.folder / REJECTED, max_fraction=self.max_rejected)
+        quarantine.record(self.images.manifest.num_samples - len(rows), rows)
+        if rows:
+            print(quarantine.summary())
+
+    def _unknown_keys(self, shard: int) -> list[str]:
+        return [f"sample {index}" for index in range(self.images.manifest.shards[shard].num_samples)]
+
+    def _write_unreadable(self, shard: int) -> Record:
+        with naming(self.path(shard)):
+            labels = self._open[shard] = self._start(shard)
+            labels.keys = self._unknown_keys(shard)
+            for index in range(len(labels.keys)):
+                labels.reject(index, self._set_aside[shard])
+            self._place(shard, labels, self._set_aside[shard])
+        return load_record(self.path(shard))
+
+    def _manifest(self, records: list[Record]) -> Manifest:
+        num_rejected = sum(len(record.rejected) for record in records)
+        unreadable = [record.shard.path for record in records if record.unreadable]
+        description = f"{num_rejected} images have no label; {REJECTED} says why." if num_rejected else ""
+        if unreadable:
+            description += f" Unreadable image shards: {', '.join(unreadable)}."
+        return Manifest(
+            name=self.images.manifest.name,
+            split=self.images.manifest.split,
             target=TARGET,
-            shards=tuple(describe_shard(self.folder, shard.path) for shard in self.images.shards),
-            licence=self.images.licence,
+            shards=tuple(record.shard for record in records),
+            licence=self.images.manifest.licence,
             source=f"pseudo-labels of teacher {self.labels_of.teacher_sha256[:12]}",
+            description=description,
             labels_of=self.labels_of,
         )
-        for label, image in zip(manifest.shards, self.images.shards, strict=True):
-            if label.num_samples != image.num_samples:
-                raise ValueError(
-                    f"{self.folder / label.path} holds {label.num_samples} labels for {image.num_samples} images: "
-                    "delete it and run again"
-                )
-        save_manifest(manifest, self.manifest_path)
-        return self.manifest_path
 
 
-def keep_origin(path: Path, labels_of: LabelsOf) -> None:
+def keep_origin(path: Path, labels_of: LabelsOf, token: str) -> None:
     """Write down what the labels in a folder are made from, or check that it is still the same."""
-    text = json.dumps(asdict(labels_of), indent=2) + "\n"
     if not path.exists():
-        with atomic_write(path) as file:
-            file.write(text.encode())
-        return
+        temporary = path.with_name(f".{path.name}.{token}")
+        with atomic_write(temporary) as file:
+            file.write((json.dumps(asdict(labels_of), indent=2) + "\n").encode())
+        keep_first(temporary, path)
     found = json.loads(path.read_text())
     # Of a field that the folder does not know yet nothing can be said.
     different = [name for name, value in asdict(labels_of).items() if found.get(name, value) != value]

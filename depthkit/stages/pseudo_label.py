@@ -1,68 +1,134 @@
 """Stage 2: a teacher labels clean unlabeled images. One image shard gives one label shard with the same keys."""
 
-import lightning as L
-import numpy as np
-from lightning.pytorch.callbacks import BasePredictionWriter
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
-from depthkit.data.labeling import ImageChunk, LabelShards
-from depthkit.data.quarantine import Quarantine
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from depthkit.data.label_images import ImageGroup, LabelBatch
+from depthkit.data.labeling import LabelShards
 from depthkit.data.windows import normalize
 from depthkit.models import DepthModel
 
+MAX_BATCHES_BEHIND = 4
+"""Predicted batches that wait for the writers before the forward pass waits for them: bounds the memory."""
+
+
+class Stopwatch:
+    """Times what `device` does, without making a GPU and its program wait for each other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.Event("cuda", enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._start = self._end = 0.0
+        if self._events:
+            self._events[0].record()
+        else:
+            self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._events:
+            self._events[1].record()
+        else:
+            self._end = time.perf_counter()
+
+    def wait(self) -> float:
+        """Seconds from start to stop, once the device has got there."""
+        if not self._events:
+            return self._end - self._start
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+class Labels(NamedTuple):
+    """Disparity (n, H, W) float32 in the memory of the host, whole once `watch.wait()` returns."""
+
+    values: Tensor
+    watch: Stopwatch
+
 
 class PseudoLabelModule(L.LightningModule):
-    """Predicts disparity for chunks of images: index in the shard -> (H, W) float32. Sky, where it is known, is 0."""
+    """Predicts disparity for batches of images. Sky, where it is known, is 0."""
 
-    def __init__(self, model: DepthModel, *, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, model: DepthModel, *, mean: tuple[float, ...], std: tuple[float, ...], compile: bool = False
+    ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.mean = mean
         self.std = std
-        # With more ranks than shards left some have nothing to do, but all of them must come to the first barrier.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
+        if compile:
+            self.model.compile(dynamic=True)
 
-    def predict_step(self, batch: ImageChunk, batch_idx: int) -> dict[int, np.ndarray]:
-        disparity: dict[int, np.ndarray] = {}
-        for group in batch.groups:
-            values = self.model(normalize(group.images.to(self.device), self.mean, self.std)).values.float()
-            values = values.masked_fill(group.sky.to(self.device), 0.0)
-            disparity.update(zip(group.indices, values.cpu().numpy(), strict=True))
-        return disparity
+    def predict_step(self, batch: LabelBatch, batch_idx: int) -> Labels:
+        watch = Stopwatch(self.device)
+        values = self.model(normalize(batch.group.images, self.mean, self.std)).values.float()
+        if batch.group.sky is not None:
+            values = values.masked_fill(batch.group.sky, 0.0)
+        on_host = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+        on_host.copy_(values, non_blocking=True)
+        watch.stop()
+        return Labels(on_host, watch)
 
-    def transfer_batch_to_device(self, batch: ImageChunk, device: object, dataloader_idx: int) -> ImageChunk:
-        return batch
+    def transfer_batch_to_device(self, batch: LabelBatch, device: torch.device, dataloader_idx: int) -> LabelBatch:
+        indices, images, sky = batch.group
+        moved = (None if each is None else _to_device(each, device) for each in (images, sky))
+        return batch._replace(group=ImageGroup(indices, *moved))  # type: ignore[arg-type]
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class WriteLabels(BasePredictionWriter):
-    """Hands each chunk's labels to `LabelShards`, and writes down what was rejected, in one file for each rank.
+    """Encodes and writes labels in threads while the next batches are predicted.
 
-    A larger share of rejected images than `max_rejected` ends the run.
+    `num_images` and `forward_seconds` count what was predicted and how long the device took for it.
     """
 
-    def __init__(self, shards: LabelShards, *, max_rejected: float) -> None:
+    def __init__(self, shards: LabelShards, *, num_threads: int) -> None:
         super().__init__(write_interval="batch")
         self.shards = shards
-        self.max_rejected = max_rejected
-        self.quarantine: Quarantine | None = None
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        path = self.shards.folder / f"rejected.rank-{trainer.global_rank:05d}.jsonl"
-        self.quarantine = Quarantine(path, max_fraction=self.max_rejected)
+        self.num_images = 0
+        self.forward_seconds = 0.0
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="labels")
+        self._behind: deque[tuple[Stopwatch, list[Future]]] = deque()
 
     def write_on_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        prediction: dict[int, np.ndarray],
+        prediction: Labels,
         batch_indices: object,
-        batch: ImageChunk,
+        batch: LabelBatch,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        self.shards.write(batch, prediction)
-        assert self.quarantine is not None
-        self.quarantine.record(len(prediction), batch.rejections.values())
+        indices = batch.group.indices
+        futures = [self._pool.submit(self._write, prediction, batch.shard, *place) for place in enumerate(indices)]
+        self._behind.append((prediction.watch, futures))
+        self.num_images += len(indices)
+        if len(self._behind) > MAX_BATCHES_BEHIND:
+            self._finish_oldest()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.quarantine is not None and self.quarantine.num_rejected:
-            print(self.quarantine.summary())
+        while self._behind:
+            self._finish_oldest()
+
+    def close(self) -> None:
+        """End the threads; what they have not begun is dropped."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _write(self, labels: Labels, shard: int, row: int, index: int) -> None:
+        labels.watch.wait()
+        self.shards.write(shard, index, labels.values[row].numpy())
+
+    def _finish_oldest(self) -> None:
+        watch, futures = self._behind.popleft()
+        for future in futures:
+            future.result()
+        self.forward_seconds += watch.wait()
