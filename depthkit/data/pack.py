@@ -12,11 +12,12 @@ import os
 import sys
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack
+from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,18 +25,26 @@ from rich.table import Table
 
 from depthkit.data.datasets import read_dataset
 from depthkit.data.manifest import Manifest, save_manifest
+from depthkit.data.own_data import read_input
 from depthkit.data.pack_shard import Record, ShardTask, forget, pack_shard
-from depthkit.data.pairs import PairSet, read_input
+from depthkit.data.pairs import PairSet, PairStream
+from depthkit.data.rows import QUANTITIES
 from depthkit.files import atomic_write
 
 DESCRIPTION = """\
 Pack images and depth labels into shards: one data set (OUT/NAME/manifest.json and tars) per source of an index.
 
-INPUT is a public data set as its authors ship it, dataset=NAME root=DIR (its facts and the files expected are in
-data_manifests/NAME.yaml); or an index, a text file with one JSON object a line ({"id", "source", "rgb", "label",
-"target", "codec", "scale", ...}; all fields are described in depthkit/data/pairs.py); or a folder of images without
-labels. A folder unlabeled/ beside an index is packed as well. Files are copied byte for byte; images that are not JPEG,
-PNG or WebP become lossless 8-bit PNG.
+INPUT is one of
+  dataset=NAME root=DIR   a public data set as its authors ship it; data_manifests/NAME.yaml says which files
+  DIR with images/ depth/ your own: files of the same name below both (png of 8 or 16 bits, pgm, npy, npz, exr, pfm,
+                          float tiff, h5 with --array); integers need --scale, 1000 for millimetres
+  index.jsonl, index.csv  your own: one pair a line, {"id", "source", "rgb", "label", "target", "codec", "scale", ...}
+                          or columns of these names; all fields are described in depthkit/data/rows.py
+  DIR of Hugging Face     `datasets`: metadata.jsonl or .csv with file_name and depth_file_name, or .parquet files with
+                          the columns image and depth
+  DIR                     images without labels, in folders, tars and zips
+Files are copied byte for byte; images that are not JPEG, PNG or WebP become lossless 8-bit PNG, labels in HDF5 .npz. A
+folder unlabeled/ beside an index is packed as well.
 
 A source of an index goes to one split as a whole: train, unless --val-sources or --test-sources names it. Put sources
 that show the same scene into the same split, else a test image was seen in training.
@@ -49,78 +58,119 @@ def main(argv: list[str]) -> int:
     """Pack what the command line names; returns the exit code that `--help` describes."""
     args = _parse_arguments(argv)
     try:
-        sets = list(find_sets(args.inputs))
+        sets = list(find_sets(args.inputs, _label_fields(args)))
         splits = _splits(sets, val=args.val_sources, test=args.test_sources)
         records = pack(sets, splits, args.out, samples_per_shard=args.samples_per_shard, num_workers=args.workers)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"depthkit pack: {error}", file=sys.stderr)
         return 2
     return _report(sets, splits, records, args.out)
 
 
-def find_sets(inputs: list[str]) -> Iterator[PairSet]:
-    """The data sets of files and folders, and of `dataset=NAME root=DIR`; ValueError names what is wrong."""
+def find_sets(inputs: list[str], label_fields: dict[str, Any]) -> Iterator[PairSet]:
+    """The data sets of files and folders, and of `dataset=NAME root=DIR`; ValueError names what is wrong.
+
+    `label_fields` are fields of the index that hold for all labels that do not say otherwise.
+    """
     public = dict(item.split("=", 1) for item in inputs if item.startswith(("dataset=", "root=")))
     if public:
         if public.keys() != {"dataset", "root"}:
             raise ValueError(f"{' '.join(inputs)}: dataset=NAME and root=DIR belong together")
+        if label_fields:
+            options = ", ".join(label_fields)
+            raise ValueError(f"dataset={public['dataset']}: what its labels are is known; leave out {options}")
         yield from read_dataset(public["dataset"], Path(public["root"]))
     for item in inputs:
         if not item.startswith(("dataset=", "root=")):
-            yield from read_input(Path(item))
+            yield from read_input(Path(item), label_fields)
 
 
 def pack(
     sets: list[PairSet], splits: dict[str, str], out: Path, *, samples_per_shard: int, num_workers: int
 ) -> dict[str, list[Record]]:
-    """Write the shards and the manifest of every data set below `out`; records by data set, in shard order."""
-    tasks = {s.name: _shard_tasks(s, out, samples_per_shard) for s in sets}
-    by_name = {s.name: s for s in sets}
-    done: dict[str, dict[str, Record]] = defaultdict(dict)
+    """Write the shards and the manifest of every data set below `out`; records by data set, in shard order.
+
+    Shards are planned while others are packed, so that pairs which come one by one are never all in memory.
+    """
+    names: dict[str, list[str]] = {s.name: [] for s in sets}
+    records: dict[str, dict[str, Record]] = {s.name: {} for s in sets}
+    unplanned, unfinished = set(names), {s.name: s for s in sets}
+
+    def plan() -> Iterator[ShardTask]:
+        for pair_set in sets:
+            for task in _shard_tasks(pair_set, out, samples_per_shard):
+                names[pair_set.name].append(task.name)
+                yield task
+            unplanned.discard(pair_set.name)
+
+    def finish() -> None:
+        for name in [name for name in unfinished if name not in unplanned and len(records[name]) == len(names[name])]:
+            _finish(unfinished.pop(name), splits[name], out, names[name], records[name])
+
     with ProcessPoolExecutor(num_workers, initializer=_exit_with_parent) as pool, ExitStack() as stack:
-        futures = {pool.submit(pack_shard, task): (name, task) for name in tasks for task in tasks[name]}
         stack.callback(pool.shutdown, cancel_futures=True)
         progress = stack.enter_context(_progress())
-        bar = progress.add_task("packing", total=sum(len(s.pairs) for s in sets), rate="")
+        bar = progress.add_task("packing", total=_expected(sets), rate="")
         start, num_pairs = time.monotonic(), 0
-        for future in as_completed(futures):
-            name, task = futures[future]
-            done[name][task.name] = future.result()
+        for task, record in _packed(pool, plan(), waiting=4 * num_workers):
+            records[task.folder.name][task.name] = record
             num_pairs += len(task.pairs)
             progress.update(bar, completed=num_pairs, rate=f"{num_pairs / (time.monotonic() - start):.0f} samples/s")
-            if len(done[name]) == len(tasks[name]):
-                _finish(by_name[name], splits[name], tasks[name], done[name])
-    return {name: [done[name][task.name] for task in tasks[name]] for name in tasks}
+            finish()
+        finish()
+        progress.update(bar, total=num_pairs)
+    return {name: [records[name][shard] for shard in names[name]] for name in names}
 
 
-def _shard_tasks(pair_set: PairSet, out: Path, samples_per_shard: int) -> list[ShardTask]:
+def _expected(sets: list[PairSet]) -> int | None:
+    """How many pairs there are, or should be; None when nobody knows."""
+    expected = [s.expected if isinstance(s.pairs, PairStream) else len(s.pairs) for s in sets]
+    return None if None in expected else sum(number or 0 for number in expected)
+
+
+def _packed(
+    pool: ProcessPoolExecutor, tasks: Iterable[ShardTask], *, waiting: int
+) -> Iterator[tuple[ShardTask, Record]]:
+    """Tasks with their records as they are done; no more than `waiting` tasks are taken before they are."""
+    futures: dict[Future[Record], ShardTask] = {}
+
+    def done() -> Iterator[tuple[ShardTask, Record]]:
+        for future in wait(futures, return_when=FIRST_COMPLETED).done:
+            yield futures.pop(future), future.result()
+
+    for task in tasks:
+        futures[pool.submit(pack_shard, task)] = task
+        if len(futures) >= waiting:
+            yield from done()
+    while futures:
+        yield from done()
+
+
+def _shard_tasks(pair_set: PairSet, out: Path, samples_per_shard: int) -> Iterator[ShardTask]:
+    """Consecutive pairs, `samples_per_shard` a shard."""
     folder = out / pair_set.name
     (folder / ".pack").mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(pair_set.pairs), samples_per_shard)
-    return [
-        ShardTask(
-            folder=folder,
-            name=f"{pair_set.name}-{number:06d}",
-            target=pair_set.target,
-            pairs=pair_set.pairs[start : start + samples_per_shard],
-        )
-        for number, start in enumerate(starts)
-    ]
+    pairs = iter(pair_set.pairs)
+    for number in count():
+        taken = tuple(islice(pairs, samples_per_shard))
+        if not taken:
+            return
+        yield ShardTask(folder=folder, name=f"{pair_set.name}-{number:06d}", target=pair_set.target, pairs=taken)
 
 
-def _finish(pair_set: PairSet, split: str, tasks: list[ShardTask], records: dict[str, Record]) -> None:
+def _finish(pair_set: PairSet, split: str, out: Path, names: list[str], records: dict[str, Record]) -> None:
     """All shards are there: drop those of an earlier plan, list what was rejected, write the manifest."""
-    folder = tasks[0].folder
+    folder = out / pair_set.name
     for record in (folder / ".pack").glob("*.json"):
         if record.stem not in records:
             forget(folder, record.stem)
-    rejected = [row for task in tasks for row in records[task.name].rejected]
+    rejected = [row for name in names for row in records[name].rejected]
     if rejected:
         with atomic_write(folder / "rejected.jsonl") as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in rejected)
     else:
         (folder / "rejected.jsonl").unlink(missing_ok=True)
-    shards = tuple(shard for task in tasks if (shard := records[task.name].shard))
+    shards = tuple(shard for name in names if (shard := records[name].shard))
     if shards:
         manifest = Manifest(
             name=pair_set.name,
@@ -189,9 +239,7 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "depthkit pack", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="index file, folder of images, or dataset=NAME root=DIR"
-    )
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="see above")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the data sets")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="default: %(default)s")
     parser.add_argument(
@@ -201,6 +249,13 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(
             f"--{split}-sources", type=_names, default=[], metavar="A,B", help=f"data sets of the {split} split"
         )
+    labels = parser.add_argument_group("your own labels", "where a row of an index or table says nothing else")
+    labels.add_argument("--quantity", choices=QUANTITIES, help="what a label holds; default: depth")
+    labels.add_argument("--scale", type=float, metavar="S", help="stored number / S = metres, 1/m or pixels")
+    labels.add_argument("--relative", action="store_true", help="the unit is unknown: for relative training alone")
+    labels.add_argument("--invalid", type=_numbers, metavar="V,V", help='numbers that mean "no measurement", besides 0')
+    labels.add_argument("--depth-range", type=_numbers, metavar="LOW,HIGH", help="metres, as known of the sensor")
+    labels.add_argument("--array", metavar="NAME", help="name of the array in labels that are HDF5 files")
     args = parser.parse_args(argv)
     if args.samples_per_shard < 1 or args.workers < 1:
         parser.error("--samples-per-shard and --workers must be at least 1")
@@ -209,3 +264,20 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def _names(text: str) -> list[str]:
     return text.split(",")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def _label_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the index that the command line states."""
+    fields = {
+        "target": args.quantity,
+        "scale": args.scale,
+        "metric": False if args.relative else None,
+        "invalid_also": args.invalid,
+        "depth_range": args.depth_range,
+        "array": args.array,
+    }
+    return {name: value for name, value in fields.items() if value is not None}

@@ -76,6 +76,8 @@ def pack_shard(task: ShardTask) -> Record:
         for pair in task.pairs:
             try:
                 members = read_pair(pair, task.target)
+                if writer and pair.key in writer.index.samples:
+                    raise SampleError(f"{pair.image}: key {pair.key!r} is taken; does the data set lie there twice?")
             except (OSError, SampleError) as error:
                 rejected.append({"id": pair.facts["source_id"], "path": str(pair.image), "reason": str(error)})
                 continue

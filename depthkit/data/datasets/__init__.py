@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from depthkit.data.facts import load_facts
-from depthkit.data.pairs import Pair, PairSet
+from depthkit.data.pairs import Pair, PairSet, PairStream
 
 Splits = Mapping[str, Iterable[Pair]]
 
@@ -28,8 +28,8 @@ def read_dataset(name: str, root: Path) -> list[PairSet]:
         raise FileNotFoundError(f"root={root}: no such folder; {name} is expected as\n{facts.layout}")
     sets = []
     for number, (split, found) in enumerate(find(root).items()):
-        pairs = tuple(sorted(found, key=lambda pair: pair.key))
-        if not pairs:
+        pairs = found if isinstance(found, PairStream) else tuple(sorted(found, key=lambda pair: pair.key))
+        if next(iter(pairs), None) is None:
             raise ValueError(f"root={root}: no image of {name} ({split}) there; expected\n{facts.layout}")
         sets.append(
             PairSet(
@@ -41,6 +41,7 @@ def read_dataset(name: str, root: Path) -> list[PairSet]:
                 description=facts.title,
                 citation=facts.citation,
                 split=split,
+                expected=facts.splits[split].images if split in facts.splits else None,
             )
         )
     return sets
