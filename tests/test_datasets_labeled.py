@@ -4,14 +4,15 @@ import csv
 import io
 from pathlib import Path
 
+import cv2
 import h5py
 import numpy as np
 import pytest
+from miniatures import SIZE, pack_dataset, rejected, write, write_image
 
 from depthkit.data.datasets import read_dataset
 from depthkit.data.datasets.hypersim import scene_intrinsics
 from depthkit.data.facts import load_facts
-from tests.miniatures import SIZE, pack_dataset, write, write_image
 
 HEIGHT, WIDTH = SIZE
 
@@ -24,7 +25,7 @@ def test_every_named_set_has_facts_and_a_root_that_is_missing_is_explained(tmp_p
         assert facts.layout in str(error.value)
 
 
-NAMES = ["hypersim"]
+NAMES = ["blendedmvs", "diml", "hrwsi", "hypersim", "irs", "megadepth", "tartanair", "vkitti2"]
 
 
 # --- Hypersim --------------------------------------------------------------------------------------------------------
@@ -147,3 +148,176 @@ def test_hypersim_says_which_list_is_missing_and_where_it_is(tmp_path: Path) -> 
         with pytest.raises(FileNotFoundError, match=f"{name}: missing; copy it there from {place}"):
             read_dataset("hypersim", tmp_path)
         (tmp_path / "away").rename(tmp_path / name)
+
+
+# --- rendered --------------------------------------------------------------------------------------------------------
+
+RAMP = np.linspace(2, 40, HEIGHT * WIDTH).reshape(SIZE)
+"""Metres or whatever a label counts; another value in every pixel."""
+
+
+def without(values: np.ndarray, *pixels: tuple[int, int]) -> np.ndarray:
+    """A copy with NaN at `pixels`: what comes back when they are no measurement."""
+    copy = values.astype(np.float64)
+    for pixel in pixels:
+        copy[pixel] = np.nan
+    return copy
+
+
+def test_vkitti2(tmp_path: Path) -> None:
+    centimetres = np.rint(RAMP * 100).astype(np.uint16)
+    centimetres[0, :3] = 65535, 65534, 0
+    for scene, variant, camera in [("Scene01", "clone", 0), ("Scene02", "fog", 0), ("Scene20", "rain", 1)]:
+        frames = tmp_path / "root" / scene / variant / "frames"
+        write_image(frames / f"rgb/Camera_{camera}/rgb_00012.jpg")
+        write(frames / f"depth/Camera_{camera}/depth_00012.png", centimetres)
+    header = "frame cameraID K[0,0] K[1,1] K[0,2] K[1,2]\n"
+    cameras = header + "11 0 1 1 1 1\n12 0 725.0087 725.0 620.5 187\n12 1 2 2 2 2\n"
+    write(tmp_path / "root/Scene01/clone/intrinsic.txt", cameras)
+    packed = pack_dataset("vkitti2", tmp_path / "root", tmp_path / "out")
+    assert {name: (p.manifest.split, list(p.samples)) for name, p in packed.items()} == {
+        "vkitti2": ("train", ["Scene01/clone/frames/rgb/Camera_0/rgb_00012.jpg"]),
+        "vkitti2_val": ("val", ["Scene02/fog/frames/rgb/Camera_0/rgb_00012.jpg"]),
+    }
+    train, (source_id,) = packed["vkitti2"], packed["vkitti2"].samples
+    metres = centimetres / 100
+    np.testing.assert_allclose(train.target(source_id), without(metres, (0, 0), (0, 2)), rtol=1e-6)
+    disparity = without(1 / np.maximum(metres, 0.01), (0, 2))
+    disparity[0, 0] = 0
+    np.testing.assert_allclose(train.target(source_id, "disparity"), disparity, rtol=1e-6)
+    facts = train.facts(source_id)
+    assert facts["intrinsics_px"] == [725.0087, 725.0, 620.5, 187]
+    assert (facts["sequence"], facts["frame"]) == ("Scene01/clone", 12)
+    assert "intrinsics_px" not in packed["vkitti2_val"].facts("Scene02/fog/frames/rgb/Camera_0/rgb_00012.jpg")
+
+
+def test_tartanair(tmp_path: Path) -> None:
+    depth = RAMP.astype(np.float32)
+    depth[0, :2] = 10000, 0
+    root = tmp_path / "root"
+    for place in ("ocean/ocean/Hard/P004", "neighborhood/Easy/P000", "amusement/amusement/Easy/P001"):
+        write_image(root / place / "image_left/000123_left.png")
+        write_image(root / place / "image_right/000123_right.png")
+        (root / place / "depth_left").mkdir()
+        np.save(root / place / "depth_left/000123_left_depth.npy", depth)
+    train = pack_dataset("tartanair", root, tmp_path / "out")["tartanair"]
+    wanted = ["ocean/ocean/Hard/P004", "neighborhood/Easy/P000"]
+    assert train.samples.keys() == {f"{place}/image_left/000123_left.png" for place in wanted}
+    source_id = f"{wanted[0]}/image_left/000123_left.png"
+    np.testing.assert_allclose(train.target(source_id), without(depth, (0, 1)))
+    assert train.target(source_id, "disparity")[0, 0] == pytest.approx(1e-4), "the sky is almost 0"
+    facts = train.facts(source_id)
+    assert facts["intrinsics_px"] == [320, 320, 320, 240]
+    assert (facts["sequence"], facts["frame"]) == (wanted[0], 123)
+
+
+def test_irs(tmp_path: Path) -> None:
+    root, disparity = tmp_path / "root", RAMP.astype(np.float32)
+    three_channels = np.dstack([disparity] * 3)
+    for place, label in {"ArchVizInterior03Data": disparity, "Store/Supermarket_Night": three_channels}.items():
+        write_image(root / place / "l_57.png", seed=1)
+        write_image(root / place / "r_57.png", seed=2)
+        write(root / place / "d_57.exr", label)
+        write(root / place / "n_57.exr", three_channels)
+    train = pack_dataset("irs", root, tmp_path / "out")["irs"]
+    assert train.samples.keys() == {"ArchVizInterior03Data/l_57.png", "Store/Supermarket_Night/l_57.png"}
+    for source_id in train.samples:
+        np.testing.assert_allclose(train.target(source_id, "disparity"), disparity, rtol=1e-6)
+    left = cv2.imread(str(root / "Store/Supermarket_Night/l_57.png"))[..., ::-1]
+    np.testing.assert_array_equal(train.image("Store/Supermarket_Night/l_57.png"), left)
+    with pytest.raises(ValueError, match="without a unit"):
+        train.target(source_id, "depth")
+
+
+def test_blendedmvs(tmp_path: Path) -> None:
+    project = tmp_path / "root/5bfe5ae0fe0ea555e6a969ca"
+    depth = RAMP.astype(np.float32)
+    depth[3, 4] = 0
+    camera = (
+        "extrinsic\n"
+        + "1 0 0 7 \n" * 4
+        + "\nintrinsic\n573.5 0.0 384.25 \n0.0 574.5 288.75 \n0.0 0.0 1.0 \n\n1 2 3 4\n"
+    )
+    for name, label in {"00000000": depth, "00000012": depth, "00000013": np.zeros(SIZE, np.float32)}.items():
+        write_image(project / f"blended_images/{name}.jpg")
+        write_image(project / f"blended_images/{name}_masked.jpg")
+        write(project / f"rendered_depth_maps/{name}.pfm", label)
+    write(project / "cams/00000012_cam.txt", camera)
+    write(project / "cams/pair.txt", "1\n")
+    train = pack_dataset("blendedmvs", tmp_path / "root", tmp_path / "out", exit_code=1)["blendedmvs"]
+    ids = [f"{project.name}/blended_images/{name}.jpg" for name in ("00000000", "00000012", "00000013")]
+    assert train.samples.keys() == set(ids[:2])
+    (row,) = rejected(tmp_path / "out", "blendedmvs")
+    assert row["id"] == ids[2]
+    assert "no valid pixel" in row["reason"]
+    disparity = without(1 / np.where(depth, depth, 1), (3, 4))
+    np.testing.assert_allclose(train.target(ids[0], "disparity"), disparity, rtol=1e-6)
+    assert train.facts(ids[1])["intrinsics_px"] == [573.5, 574.5, 384.25, 288.75]
+    assert train.facts(ids[1])["sequence"] == project.name
+
+
+# --- photos ----------------------------------------------------------------------------------------------------------
+
+
+def test_diml(tmp_path: Path) -> None:
+    millimetres = np.rint(RAMP * 1000).astype(np.uint16)
+    millimetres[0, 0] = 0
+    for split in ("train", "test"):
+        for quality in ("LR", "HR"):
+            scene = tmp_path / f"root/indoor/{split}/{quality}/cafe"
+            write_image(scene / "color/in_00_c.png")
+            write(scene / "depth_filled/in_00_depth_filled.png", millimetres)
+            outdoor = tmp_path / f"root/outdoor/{split}/{quality}"
+            write_image(outdoor / "outleft/street_1.png")
+            write_image(outdoor / "outright/street_1.png")
+            write(outdoor / "depthmap/street_1.png", millimetres)
+    packed = pack_dataset("diml", tmp_path / "root", tmp_path / "out")
+    assert packed.keys() == {"diml", "diml_test"}
+    assert packed["diml_test"].manifest.split == "test"
+    indoor, outdoor = "indoor/train/LR/cafe/color/in_00_c.png", "outdoor/train/LR/outleft/street_1.png"
+    assert packed["diml"].samples.keys() == {indoor, outdoor}
+    for source_id in (indoor, outdoor):
+        np.testing.assert_allclose(packed["diml"].target(source_id), without(millimetres / 1000, (0, 0)), rtol=1e-6)
+
+
+def test_hrwsi_takes_zero_for_far_where_the_mask_says_that_it_was_measured(tmp_path: Path) -> None:
+    disparity = np.rint(np.linspace(1, 255, HEIGHT * WIDTH)).reshape(SIZE).astype(np.uint8)
+    valid = np.full(SIZE, 255, np.uint8)
+    disparity[0, :4] = 0, 0, 77, 78
+    valid[0, :4] = 255, 0, 0, 255
+    for split, name in [("train", "a"), ("train", "b"), ("val", "c")]:
+        write_image(tmp_path / f"root/{split}/imgs/{name}.jpg")
+        write(tmp_path / f"root/{split}/gts/{name}.png", disparity)
+        write(tmp_path / f"root/{split}/valid_masks/{name}.png", valid if name != "b" else valid[:, :-1])
+    packed = pack_dataset("hrwsi", tmp_path / "root", tmp_path / "out", exit_code=1)
+    assert packed["hrwsi"].samples.keys() == {"train/imgs/a.jpg"}
+    assert packed["hrwsi_val"].samples.keys() == {"val/imgs/c.jpg"}
+    np.testing.assert_array_equal(
+        packed["hrwsi"].target("train/imgs/a.jpg", "disparity"), without(disparity, (0, 1), (0, 2))
+    )
+    (row,) = rejected(tmp_path / "out", "hrwsi")
+    assert "valid_masks/b.png: not a readable mask of 32x24" in row["reason"]
+
+
+def test_megadepth_packs_depth_and_rejects_ordinal_labels(tmp_path: Path) -> None:
+    dense = tmp_path / "root/phoenix/S6/zl548/MegaDepth_v1/0015/dense0"
+    depth = RAMP.astype(np.float32)
+    depth[2, 2] = 0
+    ordinal = np.zeros(SIZE, np.float32)
+    ordinal[4:9] = 1
+    signed = np.where(ordinal, depth, -1).astype(np.float32)
+    for name, label in {"depth": depth, "ordinal": ordinal, "signed": signed}.items():
+        write_image(dense / f"imgs/{name}_o.jpg")
+        write_h5(dense / f"depths/{name}_o.h5", depth=label)
+    write_image(dense / "imgs/no_label.jpg")
+    write(dense / "imgs/.DS_Store", "stray")
+    train = pack_dataset("megadepth", tmp_path / "root", tmp_path / "out", exit_code=1)["megadepth"]
+    (source_id,) = train.samples
+    assert source_id.endswith("0015/dense0/imgs/depth_o.jpg")
+    disparity = without(1 / np.where(depth, depth, 1), (2, 2))
+    np.testing.assert_allclose(train.target(source_id, "disparity"), disparity, rtol=1e-6)
+    reasons = {Path(row["id"]).stem: row["reason"] for row in rejected(tmp_path / "out", "megadepth")}
+    assert reasons.keys() == {"ordinal_o", "signed_o", "no_label"}
+    assert "ordinal labels" in reasons["ordinal_o"]
+    assert "ordinal labels" in reasons["signed_o"]
+    assert "no_label.h5" in reasons["no_label"]
