@@ -74,8 +74,8 @@ class WorldConfig:
 class DatasetConfig:
     """How to use one data set; what it is stands in its manifest."""
 
-    manifest: str = MISSING  # path of the manifest; shards are found beside it
-    labels: str | None = None  # path of a pseudo-label manifest for these images
+    manifest: str = MISSING  # path or URL of the manifest; shards are found beside it
+    labels: str | None = None  # path or URL of a pseudo-label manifest for these images
     weight: float = 1.0  # samples per sweep relative to the data set's own size; 1 = plain concatenation
     depth_range: list[float] | None = None  # metres; pixels outside are not supervised
     world: WorldConfig | None = None  # render the data set when the manifest is missing
@@ -345,6 +345,11 @@ class TrainerConfig:
 class PathsConfig:
     data: str = "data"  # shards and manifests
     runs: str = "runs"
+    cache: str = "data/cache"  # copies of remote shards, shared by all processes; best on a disk of the node
+    cache_gb: float = 100.0  # 10^9 bytes that they may take; the least recently used give way
+
+    def __post_init__(self) -> None:
+        check(self.cache_gb > 0, "paths.cache_gb", self.cache_gb, "> 0 (10^9 bytes)")
 
 
 @dataclass(kw_only=True)

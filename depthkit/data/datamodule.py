@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from depthkit.config import AugmentConfig, DataConfig, DatasetConfig
+from depthkit.data.cache import ShardCache
 from depthkit.data.procedural import WorldSpec, write_world
 from depthkit.data.quarantine import SampleError
+from depthkit.data.read_ahead import ReadAhead
 from depthkit.data.reader import DatasetReader
 from depthkit.data.streams import StepSampler, Stream, StreamDataset, collate, collate_streams
 from depthkit.data.transforms import cutmix
@@ -24,7 +26,8 @@ class DepthDataModule(L.LightningDataModule):
     """Batches `{"labeled": Batch, "unlabeled": Batch}`, the ratio exact on every rank; whole images to validate.
 
     `num_steps` counts batches. Training targets are in `target_kind`; None reads images alone. Validation images keep
-    their aspect: shorter side as the crop, sides multiples of `multiple`; their targets are depth in metres.
+    their aspect: shorter side as the crop, sides multiples of `multiple`; their targets are depth in metres. Remote
+    shards are fetched into `cache`, those of the next steps in the background.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class DepthDataModule(L.LightningDataModule):
         multiple: int,
         target_kind: Kind | None = "disparity",
         limit_val: int | None = None,
+        cache: ShardCache | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -44,6 +48,7 @@ class DepthDataModule(L.LightningDataModule):
         self.multiple = multiple
         self.target_kind = target_kind
         self.limit_val = limit_val
+        self.cache = cache
 
     def prepare_data(self) -> None:
         for group in (self.config.labeled, self.config.unlabeled, self.config.val):
@@ -60,7 +65,7 @@ class DepthDataModule(L.LightningDataModule):
 
     def train_loader(self, *, start_step: int = 0, rank: int = 0, world_size: int = 1) -> DataLoader:
         """This rank's part of the batches from `start_step` on, whatever the workers and earlier interruptions."""
-        streams = build_streams(self.config, self.target_kind, self.seed)
+        streams = build_streams(self.config, self.target_kind, self.seed, self.cache)
         sampler = StepSampler(
             {name: stream.images_per_step for name, stream in streams.items()},
             num_steps=self.num_steps,
@@ -68,12 +73,13 @@ class DepthDataModule(L.LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        return self._loader(StreamDataset(streams), batch_sampler=sampler, collate_fn=collate_streams)
+        dataset = ReadAhead(StreamDataset(streams), num_steps=self.num_steps)
+        return self._loader(dataset, batch_sampler=sampler, collate_fn=collate_streams)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         if not self.config.val:
             return []
-        readers = [DatasetReader(name, dataset, "depth") for name, dataset in self.config.val.items()]
+        readers = [DatasetReader(name, dataset, "depth", self.cache) for name, dataset in self.config.val.items()]
         dataset = WholeImages(
             readers, short_side=min(self.config.crop_size), multiple=self.multiple, limit=self.limit_val
         )
@@ -147,7 +153,9 @@ def spread(places: list[tuple[int, int, int]], limit: int | None) -> list[tuple[
     return [places[i * len(places) // limit] for i in range(limit)]
 
 
-def build_streams(config: DataConfig, target_kind: Kind | None, seed: int) -> dict[str, Stream]:
+def build_streams(
+    config: DataConfig, target_kind: Kind | None, seed: int, cache: ShardCache | None = None
+) -> dict[str, Stream]:
     """The training streams that have data sets, by name."""
     streams = {}
     for name, images_per_step in config.images_per_step().items():
@@ -155,7 +163,7 @@ def build_streams(config: DataConfig, target_kind: Kind | None, seed: int) -> di
         if group:
             streams[name] = Stream(
                 name,
-                [DatasetReader(key, dataset, target_kind) for key, dataset in group.items()],
+                [DatasetReader(key, dataset, target_kind, cache) for key, dataset in group.items()],
                 [dataset.weight for dataset in group.values()],
                 images_per_step=images_per_step,
                 crop_size=(config.crop_size[0], config.crop_size[1]),

@@ -1,6 +1,6 @@
 """The manifest of a data set: which shards it has, and the facts needed to read them. Nothing about how to use it.
 
-A manifest is a JSON file that mirrors `Manifest`; shard paths are relative to its folder. Reading is strict: an
+A manifest is a JSON file that mirrors `Manifest`; shard paths are relative to its folder or URL. Reading is strict: an
 unknown, missing or wrong-typed key is an error that names the file, the key and the value.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from depthkit.data.remote import is_remote, read_url, shown
 from depthkit.files import atomic_write
 
 Quantity = Literal["depth", "ray_distance", "inverse_depth", "stereo_disparity_px", "disparity"]
@@ -56,7 +57,7 @@ class TargetSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar: `path` relative to the manifest's folder, and what it holds."""
+    """One tar: `path` relative to the manifest's folder or URL, or itself a URL, and what it holds."""
 
     path: str
     num_samples: int
@@ -117,12 +118,16 @@ class Manifest:
         return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def load_manifest(path: Path) -> Manifest:
-    """Read a manifest; ValueError names the file, the key and the value of whatever is wrong."""
+def load_manifest(path: Path | str) -> Manifest:
+    """Read a manifest from a path or URL; ValueError names it, the key and the value of whatever is wrong.
+
+    ConfigError, which is a ValueError, when a URL cannot be read.
+    """
+    content = read_url(path) if isinstance(path, str) and is_remote(path) else Path(path).read_bytes()
     try:
-        return parse(Manifest, json.loads(path.read_text(encoding="utf-8")), "")
+        return parse(Manifest, json.loads(content.decode()), "")
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{shown(path)}: {error}") from error
 
 
 def save_manifest(manifest: Manifest, path: Path) -> None:

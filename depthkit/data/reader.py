@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from depthkit.config import ConfigError, DatasetConfig
+from depthkit.data.cache import ShardCache
 from depthkit.data.decode import decode_image, decode_target, image_size, target_size
 from depthkit.data.manifest import Manifest, TargetSpec, load_manifest
 from depthkit.data.quarantine import SampleError
+from depthkit.data.remote import is_remote, root_of, shown
 from depthkit.data.shards import RawSample, ShardReader, image_member
 from depthkit.data.windows import Window, crop_image, full_window, inference_size, jpeg_reduction, target_grid
 from depthkit.types import Kind, Rejection, Sample
@@ -23,15 +25,14 @@ class DatasetReader:
     for one to the image shards. With `kind` None only images are read and every target is empty of supervision.
     """
 
-    def __init__(self, name: str, config: DatasetConfig, kind: Kind | None) -> None:
+    def __init__(self, name: str, config: DatasetConfig, kind: Kind | None, cache: ShardCache | None = None) -> None:
         self.name = name
         self.kind = kind
         self.depth_range = config.depth_range
-        path = Path(config.manifest)
-        self.manifest = load_manifest(path)
-        self.images = ShardReader(self.manifest, path.parent)
+        self.manifest = load_manifest(config.manifest)
+        self.images = ShardReader(self.manifest, root_of(config.manifest), cache)
         labeled = labels_manifest(config, self.manifest)
-        self.labels = None if config.labels is None else ShardReader(labeled, Path(config.labels).parent)
+        self.labels = None if config.labels is None else ShardReader(labeled, root_of(config.labels), cache)
         self.target = None if kind is None else usable_target(labeled, name, kind, config.depth_range)
 
     @property
@@ -65,8 +66,8 @@ class DatasetReader:
             key = self.images.keys(shard)[index]
         except SampleError:
             key = f"sample {index}"
-        path = self.images.root / self.manifest.shards[shard].path
-        return Rejection(dataset=self.name, shard=str(path), key=key, reason=str(error))
+        path = shown(self.images.location(shard))
+        return Rejection(dataset=self.name, shard=path, key=key, reason=str(error))
 
     def _target(
         self, raw: RawSample, shard: int, index: int, size: tuple[int, int], window: Window | None
@@ -152,15 +153,14 @@ def labels_manifest(config: DatasetConfig, images: Manifest) -> Manifest:
     """The manifest that holds the labels: the images' own, or those of its `labels`; ConfigError if not of them."""
     if config.labels is None:
         return images
-    path = Path(config.labels)
-    if not path.is_file():
+    if not is_remote(config.labels) and not Path(config.labels).is_file():
         raise ConfigError(f"labels={config.labels}: no such file; `depthkit label` writes it when all shards are done")
-    labels = load_manifest(path)
-    check_labels_belong(labels, images, path, Path(config.manifest))
+    labels = load_manifest(config.labels)
+    check_labels_belong(labels, images, shown(config.labels), shown(config.manifest))
     return labels
 
 
-def check_labels_belong(labels: Manifest, images: Manifest, labels_path: Path, images_path: Path) -> None:
+def check_labels_belong(labels: Manifest, images: Manifest, labels_path: Path | str, images_path: Path | str) -> None:
     """ConfigError unless `labels` are pseudo-labels of exactly these images."""
     made_from = labels.labels_of
     if made_from is None:
