@@ -70,8 +70,8 @@ def read_input(path: Path, label_fields: Row) -> list[PairSet]:
         return [_read_parquet(parquets, _name(path), defaults)]
     if label_fields:
         raise ValueError(
-            f"{path}: {', '.join(label_fields)} is of labels, but there are none: depth/ beside images/, or metadata.jsonl "
-            "or metadata.csv, is missing"
+            f"{path}: {', '.join(label_fields)} speaks of labels, but there are none: no depth/ beside images/, no "
+            "metadata.jsonl or metadata.csv, no .parquet"
         )
     return [read_folder(path)]
 
