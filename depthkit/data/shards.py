@@ -11,7 +11,7 @@ from depthkit.data.cache import CacheFullError, ShardCache
 from depthkit.data.index import load_index
 from depthkit.data.manifest import Manifest, Shard
 from depthkit.data.quarantine import SampleError
-from depthkit.data.remote import locate, shown
+from depthkit.data.remote import is_remote, locate, shown
 
 MAX_OPEN_SHARDS = 64
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm")
@@ -43,7 +43,7 @@ class ShardReader:
 
     def __init__(self, manifest: Manifest, root: Path | str, cache: ShardCache | None = None) -> None:
         self.manifest = manifest
-        self.root: Any = root
+        self.root = root
         self.cache = cache or ShardCache()
         self.cache.check_size(tuple(shard for k, shard in enumerate(manifest.shards) if self.is_remote(k)))
         self._open_shards: OrderedDict[int, OpenShard] = OrderedDict()
@@ -56,7 +56,7 @@ class ShardReader:
         return locate(self.root, self.manifest.shards[shard_index].path)
 
     def is_remote(self, shard_index: int) -> bool:
-        return isinstance(self.location(shard_index), str)
+        return isinstance(self.root, str) or is_remote(self.manifest.shards[shard_index].path)
 
     def keys(self, shard_index: int) -> list[str]:
         """Keys of a shard in the order of the tar."""
