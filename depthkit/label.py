@@ -23,12 +23,14 @@ from torch.utils.data import DataLoader
 import depthkit
 from depthkit.bundle import load_model
 from depthkit.config import ConfigError, PseudoLabelConfig, TrainConfig
+from depthkit.data.cache import ShardCache
 from depthkit.data.claims import Claims
 from depthkit.data.datamodule import single_thread
 from depthkit.data.label_images import ImageChunks, full_batches
 from depthkit.data.labeling import LabelShards
 from depthkit.data.manifest import LabelsOf, load_manifest
 from depthkit.data.quarantine import QuarantineBudgetExceeded
+from depthkit.data.remote import root_of
 from depthkit.data.shards import ShardReader
 from depthkit.hydra_entry import hydra_main
 from depthkit.licences import stated_licences
@@ -118,8 +120,7 @@ def _end_with_parent() -> None:
 
 
 def label_in_this_process(config: TrainConfig, stage: PseudoLabelConfig) -> Path:
-    images_path = Path(stage.images)
-    reader = ShardReader(load_manifest(images_path), images_path.parent)
+    reader = ShardReader(load_manifest(stage.images), root_of(stage.images), ShardCache(config.paths))
     model, facts = load_model(Path(stage.bundle))
     if facts.kind != "disparity":
         raise ConfigError(f"stage.bundle={stage.bundle} predicts {facts.kind}; pseudo-labels need a model of disparity")

@@ -137,7 +137,7 @@ def _this_process() -> dict[str, Any]:
 def _is_gone(holder: dict[str, Any]) -> bool:
     """Whether a process that ran here, where its number means something, is no more; False for all others."""
     started = holder.get("started")
-    return started is not None and holder.get("host") == _host() and _start_time(int(holder["pid"])) != started
+    return started is not None and holder.get("host") == _host() and _start_time(holder.get("pid")) != started
 
 
 def _host() -> str:
@@ -151,7 +151,7 @@ def _host() -> str:
     return " ".join(parts)
 
 
-def _start_time(pid: int) -> str | None:
+def _start_time(pid: object) -> str | None:
     """When a process was started, in ticks since boot; None when it has ended, or the system does not tell."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

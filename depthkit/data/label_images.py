@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from depthkit.data.codecs import read_png8
 from depthkit.data.decode import decode_image, image_size
 from depthkit.data.quarantine import SampleError
+from depthkit.data.remote import shown
 from depthkit.data.shards import ShardReader, image_member
 from depthkit.data.windows import crop_image, full_window, inference_size
 from depthkit.types import Rejection
@@ -78,7 +79,7 @@ class ImageChunks(Dataset):
             try:
                 items.append((sample, *self._read(shard, sample)))
             except SampleError as error:
-                path = f"{self.reader.root}/{manifest.shards[shard].path}"
+                path = shown(self.reader.location(shard))
                 rejections[sample] = Rejection(dataset=manifest.name, shard=path, key=keys[sample], reason=str(error))
         by_size: dict[tuple[tuple[int, ...], bool], list[tuple[int, np.ndarray, np.ndarray | None]]] = defaultdict(list)
         for item in items:

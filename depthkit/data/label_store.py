@@ -68,8 +68,8 @@ class OpenLabels:
 
     def place(self, name: str, unreadable: str = "") -> None:
         """Finish the tar and put it in place, unless another writer's is there: the two say the same."""
-        described = replace(self._writer.close(), path=name)
-        with suppress(FileNotFoundError):  # its maker was taken for dead, and it was tidied away
+        with suppress(FileNotFoundError):  # this process was taken for dead, and its attempt tidied away
+            described = replace(self._writer.close(), path=name)
             if keep_first(self._writer.path, self.path):
                 index_path(self._writer.path).replace(index_path(self.path))
                 save_record(Record(shard=described, rejected=self.rejected, unreadable=unreadable), self.path)
@@ -154,9 +154,11 @@ def _check_keys(tar: Path, keys: list[str], record: Record, images: ShardReader,
     if len(keys) != expected:
         raise SampleError(f"{tar} holds {len(keys)} samples, its image shard {expected}")
     try:
-        wanted = images.keys(image_shard)
+        wanted = None if images.is_remote(image_shard) else images.keys(image_shard)
     except (SampleError, OSError):
-        return  # of the keys in an image shard that is gone or damaged nothing can be said
+        wanted = None
+    if wanted is None:
+        return  # far away, gone or damaged: of the keys there nothing can be said
     if record.unreadable:
         raise SampleError(f"{tar} holds no labels, as its image shard could not be read; now it can")
     if keys != wanted:

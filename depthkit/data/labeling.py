@@ -35,6 +35,8 @@ from depthkit.data.label_store import (
 )
 from depthkit.data.manifest import LabelsOf, Manifest, save_manifest
 from depthkit.data.quarantine import Quarantine
+from depthkit.data.reader import label_path
+from depthkit.data.remote import shown
 from depthkit.data.shards import ShardReader
 from depthkit.files import atomic_write
 from depthkit.types import Rejection
@@ -63,7 +65,7 @@ class LabelShards:
         self.claims = claims
         self.max_rejected = max_rejected
         self.manifest_path = folder / MANIFEST
-        self.names = [shard.path for shard in images.manifest.shards]
+        self.names = [label_path(shard.path) for shard in images.manifest.shards]
         self.num_written = 0
         self.quarantine = Quarantine(folder / f"rejected.{claims.token[:12]}.jsonl", max_fraction=max_rejected)
         self._set_aside: dict[int, str] = {}
@@ -200,13 +202,15 @@ class LabelShards:
             self.claims.release(self.names[shard])
 
     def _image_path(self, shard: int) -> str:
-        return f"{self.images.root}/{self.names[shard]}"
+        return shown(self.images.location(shard))
 
     # --- checking ----------------------------------------------------------------------------------------------------
 
     def verify(self, shard: int) -> bool:
         """Check a finished shard, from any thread; a broken one is removed, so that it is pending again, and named."""
-        images = ShardReader(self.images.manifest, self.images.root)  # its own: a reader serves one thread
+        images = ShardReader(
+            self.images.manifest, self.images.root, self.images.cache
+        )  # its own: a reader serves one thread
         try:
             check_labels(self.folder, self.names[shard], images, shard)
         except (ValueError, OSError) as error:

@@ -1,7 +1,9 @@
 """One data set as training and validation see it: shards, their labels, and the choices of `DatasetConfig`."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from depthkit.data.remote import is_remote, root_of, shown
 from depthkit.data.shards import RawSample, ShardReader, image_member
 from depthkit.data.windows import Window, crop_image, full_window, inference_size, jpeg_reduction, target_grid
 from depthkit.types import Kind, Rejection, Sample
+
+TAR_NAME = re.compile(r"[^/\s'\"=:&?]+\.tar\b")
 
 
 class DatasetReader:
@@ -170,3 +174,16 @@ def check_labels_belong(labels: Manifest, images: Manifest, labels_path: Path | 
             f"{labels_path} labels {made_from.images!r} with digest {made_from.images_digest[:12]}, but {images_path} "
             f"is {images.name!r} with digest {images.digest()[:12]}: label these images, or name the right manifest"
         )
+    for label, image in zip_longest(labels.shards, images.shards):
+        belongs = label and image and (label.path, label.num_samples) == (label_path(image.path), image.num_samples)
+        if not belongs:
+            found, wanted = (f"{s.path} of {s.num_samples} samples" if s else "nothing" for s in (label, image))
+            raise ConfigError(
+                f"{labels_path} does not match {images_path} shard for shard: {found} in the place of {wanted}; "
+                "run `depthkit label` with stage.verify=true"
+            )
+
+
+def label_path(image_shard: str) -> str:
+    """The path of the label shard that belongs to an image shard; of a URL, the name of its tar."""
+    return TAR_NAME.findall(image_shard)[-1] if is_remote(image_shard) else image_shard
