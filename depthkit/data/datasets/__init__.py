@@ -18,30 +18,29 @@ Splits = Mapping[str, Iterable[Pair]]
 def read_dataset(name: str, root: Path) -> list[PairSet]:
     """The splits of a public data set below `root`, with what is known about it.
 
-    The first split is called NAME, the others NAME_SPLIT. ValueError for an unknown name and for a root that holds no
-    image of it, FileNotFoundError for what is missing.
+    The first split is called NAME, the others NAME_SPLIT; one of which there is no image yet is left out. ValueError
+    for an unknown name and for a root without any image of it, FileNotFoundError for what is missing.
     """
     facts = load_facts(name)
     module, function = facts.converter.rsplit(".", 1)
     find: Callable[[Path], Splits] = getattr(import_module(f"{__name__}.{module}"), function)
     if not root.is_dir():
         raise FileNotFoundError(f"root={root}: no such folder; {name} is expected as\n{facts.layout}")
-    sets = []
-    for number, (split, found) in enumerate(find(root).items()):
-        pairs = found if isinstance(found, PairStream) else tuple(sorted(found, key=lambda pair: pair.key))
-        if next(iter(pairs), None) is None:
-            raise ValueError(f"root={root}: no image of {name} ({split}) there; expected\n{facts.layout}")
-        sets.append(
-            PairSet(
-                name=name if number == 0 else f"{name}_{split}",
-                target=facts.target,
-                pairs=pairs,
-                licence=facts.licence,
-                source=facts.source,
-                description=facts.title,
-                citation=facts.citation,
-                split=split,
-                expected=facts.splits[split].images if split in facts.splits else None,
-            )
+    splits = {split: sorted(pairs, key=lambda pair: pair.key) for split, pairs in find(root).items()}
+    if not any(splits.values()):
+        raise ValueError(f"root={root}: no image of {name} there; expected\n{facts.layout}")
+    first = next(iter(splits))
+    return [
+        PairSet(
+            name=name if split == first else f"{name}_{split}",
+            target=facts.target,
+            pairs=tuple(pairs),
+            licence=facts.licence,
+            source=facts.source,
+            description=facts.title,
+            citation=facts.citation,
+            split=split,
         )
-    return sets
+        for split, pairs in splits.items()
+        if pairs
+    ]
