@@ -26,21 +26,26 @@ def read_dataset(name: str, root: Path) -> list[PairSet]:
     find: Callable[[Path], Splits] = getattr(import_module(f"{__name__}.{module}"), function)
     if not root.is_dir():
         raise FileNotFoundError(f"root={root}: no such folder; {name} is expected as\n{facts.layout}")
-    splits = {split: sorted(pairs, key=lambda pair: pair.key) for split, pairs in find(root).items()}
-    if not any(splits.values()):
-        raise ValueError(f"root={root}: no image of {name} there; expected\n{facts.layout}")
+    splits = {
+        split: found if isinstance(found, PairStream) else tuple(sorted(found, key=lambda pair: pair.key))
+        for split, found in find(root).items()
+    }
     first = next(iter(splits))
-    return [
+    sets = [
         PairSet(
             name=name if split == first else f"{name}_{split}",
             target=facts.target,
-            pairs=tuple(pairs),
+            pairs=pairs,
             licence=facts.licence,
             source=facts.source,
             description=facts.title,
             citation=facts.citation,
             split=split,
+            expected=facts.splits[split].images if split in facts.splits else None,
         )
         for split, pairs in splits.items()
-        if pairs
+        if next(iter(pairs), None) is not None
     ]
+    if not sets:
+        raise ValueError(f"root={root}: no image of {name} there; expected\n{facts.layout}")
+    return sets
