@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from depthkit.data.inspect import inspect, main
+from depthkit.data.inspection.findings import Findings
 from depthkit.data.manifest import Manifest, TargetSpec, load_manifest, save_manifest
 from depthkit.data.writer import ShardWriter
 
@@ -23,7 +24,7 @@ def png(array: np.ndarray) -> bytes:
 
 def depth_map() -> np.ndarray:
     """Stored numbers 1001 to 4000 below, the upper quarter without measurement."""
-    stored = np.linspace(1001, 4000, 40 * 60).reshape(40, 60).astype(np.uint16)
+    stored = np.repeat(1 / np.linspace(1 / 1001, 1 / 4000, 40)[:, None], 60, axis=1).astype(np.uint16)
     stored[:5], stored[5:10] = 0, 9
     return stored
 
@@ -54,14 +55,19 @@ def change(path: Path, **fields: Any) -> None:
     save_manifest(replace(load_manifest(path), **fields), path)
 
 
+def look(path: Path, num_samples: int = 6) -> Findings:
+    (found,) = inspect([path], num_samples=num_samples).findings
+    return found
+
+
 def only_problem(path: Path) -> str:
-    (problem,) = inspect(path, num_samples=1).problems
+    (problem,) = look(path, 1).problems
     return problem
 
 
 def test_a_whole_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_set(tmp_path)
-    found = inspect(path, num_samples=100)
+    found = look(path, 100)
     assert found.problems == []
     assert found.sizes == [(40, 60)] * NUM_SHARDS * PER_SHARD
     assert np.mean(found.valid_shares) == pytest.approx(0.75)
@@ -77,17 +83,17 @@ def test_a_whole_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize(("num_samples", "expected"), [(1, 1), (4, 4), (6, 6), (7, 6)])
 def test_number_of_decoded_samples(tmp_path: Path, num_samples: int, expected: int) -> None:
-    assert len(inspect(write_set(tmp_path), num_samples=num_samples).sizes) == expected
+    assert len(look(write_set(tmp_path), num_samples).sizes) == expected
 
 
 def test_images_alone(tmp_path: Path) -> None:
-    found = inspect(write_set(tmp_path, target=None), num_samples=6)
+    found = look(write_set(tmp_path, target=None))
     assert (found.problems, found.percentiles(), len(found.sizes)) == ([], None, 6)
 
 
 def test_labels_without_unit_are_not_held_against_a_range_in_metres(tmp_path: Path) -> None:
     path = write_set(tmp_path, target=replace(TARGET, metric=False, scale=1.0))
-    assert inspect(path, num_samples=6).problems == []
+    assert look(path).problems == []
 
 
 def test_every_problem_of_every_set_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,104 +1,90 @@
 """`depthkit inspect`: does a data set hold what its manifest says, and do the labels look as stated?"""
 
 import argparse
-import json
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from depthkit.data.decode import decode_image, decode_target
+from depthkit.data.inspection.contradictions import NUM_EXAMPLES, contradictions, doubts
+from depthkit.data.inspection.duplicates import Pictures, find_duplicates
+from depthkit.data.inspection.findings import Findings, Inspection, facts
+from depthkit.data.inspection.look import DataSet, ShardReport, Task, look_at_shard
 from depthkit.data.manifest import Manifest, load_manifest
-from depthkit.data.quarantine import SampleError
-from depthkit.data.shards import RawSample, ShardReader, image_member, verify_shard
-from depthkit.types import Kind
+from depthkit.data.procedural.pack import images_progress
 
 DESCRIPTION = """\
-Check data sets: size and sha256 of every shard, the number of samples, and a sample of the images and labels, decoded.
-Prints what the labels look like, and what contradicts the manifest. Exit code: 0 all as stated, 1 a contradiction."""
+Check data sets before training on them: size and sha256 of every shard, the number of samples, and an evenly spread
+sample of the images and labels, decoded. Prints what the labels look like, what contradicts the manifest (wrong scale,
+ray distance or disparity passed as depth, labels that are empty, constant or of another view, missing intrinsics, codes
+read as measurements), and images that occur twice. Give the images of a pseudo-label set together with its labels, and
+training and test sets together: an image of a val or test set that is also in another set is leakage.
 
-NUM_PIXELS = 10_000  # taken from each label for the percentiles
-PERCENTILES = (1, 50, 99)
-LOG_WIDTH = 140  # columns of the table where there is no terminal
-STATED_RANGE_SLACK = 1.05  # sensors and roundings overstep a range a little; a wrong scale does by far
+Exit code: 0 all as stated, 1 a contradiction or leakage."""
 
-
-@dataclass(kw_only=True)
-class Findings:
-    """What was seen in one data set. `values` are depths in metres, or disparities when the labels have no unit."""
-
-    manifest: Manifest | None = None
-    problems: list[str] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    valid_shares: list[float] = field(default_factory=list)
-    sky_shares: list[float] = field(default_factory=list)
-    values: list[np.ndarray] = field(default_factory=list)
-
-    def percentiles(self) -> np.ndarray | None:
-        return np.percentile(np.concatenate(self.values), PERCENTILES) if self.values else None
+NUM_VALUES = 2_000_000  # kept per data set for percentiles and histogram; at most 10 000 of a label
+MAX_VALUES_PER_LABEL = 10_000
+NUM_PLANE_LABELS = 24  # looked at for flat surfaces, which takes 50 ms each
+LOG_WIDTH = 160  # columns of the table where there is no terminal
+NUM_LISTED = 20
 
 
 def main(argv: list[str]) -> int:
     """Inspect the manifests of the command line; returns the exit code that `--help` describes."""
-    parser = argparse.ArgumentParser(
-        "depthkit inspect", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = _parse_arguments(argv)
+    paths = list({path.resolve(): path for path in args.manifests}.values())
+    inspection = inspect(
+        paths, num_samples=args.samples, num_workers=args.workers, hash_all=args.all, progress=sys.stderr.isatty()
     )
-    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="manifest.json of a data set")
-    parser.add_argument(
-        "--samples", type=int, default=200, metavar="N", help="samples to decode per data set; default: %(default)s"
-    )
-    args = parser.parse_args(argv)
-    if args.samples < 1:
-        parser.error("--samples must be at least 1")
-    findings = {path: inspect(path, num_samples=args.samples) for path in args.manifests}
-    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(_table(findings))
-    problems = [f"{path}: {problem}" for path, found in findings.items() for problem in found.problems]
+    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(_table(inspection.findings))
+    for found in inspection.findings:
+        for warning in found.warnings:
+            print(f"{found.path}: warning: {warning}")
+    leaks = [f"LEAKAGE: {inspection.describe(match)}" for match in inspection.duplicates.leaks[:NUM_LISTED]]
+    if len(inspection.duplicates.leaks) > NUM_LISTED:
+        leaks.append(f"LEAKAGE: {len(inspection.duplicates.leaks)} images in all")
+    problems = [f"{found.path}: {problem}" for found in inspection.findings for problem in found.problems] + leaks
     print("\n".join(problems), end="\n" if problems else "", file=sys.stderr)
+    if args.html:
+        from depthkit.data.inspection.page import write_page
+
+        write_page(inspection, args.html)
     return 1 if problems else 0
 
 
-def inspect(path: Path, *, num_samples: int) -> Findings:
-    """Check one data set; `num_samples` of its samples, evenly spread, are decoded. Problems are listed, not raised."""
-    found = Findings()
-    try:
-        found.manifest = load_manifest(path)
-    except (OSError, ValueError) as error:
-        found.problems.append(str(error))
-        return found
-    reader = ShardReader(found.manifest, path.parent)
-    for number, shard in enumerate(found.manifest.shards):
-        try:
-            verify_shard(path.parent, shard)
-            reader.keys(number)  # opening a shard compares the number of samples
-        except (OSError, SampleError) as error:
-            found.problems.append(str(error))
-    if not found.problems:
-        _look_at_samples(found, found.manifest, reader, num_samples)
-        _compare_range(found, found.manifest)
-    return found
+def inspect(
+    paths: Sequence[Path], *, num_samples: int, num_workers: int = 1, hash_all: bool = False, progress: bool = False
+) -> Inspection:
+    """Check data sets; `num_samples` samples of each, evenly spread, are decoded. Problems are listed, not raised."""
+    findings = [_open(path) for path in paths]
+    _find_images(findings)
+    sets = [found.data for found in findings if found.data and found.data.manifest.shards]
+    tasks = [task for data in sets for task in _tasks(data, num_samples, hash_all=hash_all)]
+    reports = _look(tasks, num_workers, progress=progress)
+    for found in findings:
+        if found.data is None:
+            continue
+        manifest = found.data.manifest
+        if not manifest.shards:
+            found.problems.append("the manifest lists no shards")
+        _conclude(found, manifest, [reports[found.path, number] for number in range(len(manifest.shards))])
+    duplicates = find_duplicates([found.pictures for found in findings])
+    inspection = Inspection(findings=findings, duplicates=duplicates)
+    for found, repeats in zip(findings, duplicates.repeats, strict=True):
+        if repeats:
+            some = "; ".join(inspection.describe(match) for match in repeats[:NUM_EXAMPLES])
+            found.warnings.append(f"{len(repeats)} of {len(found.pictures.hashes)} images have a double: {some}")
+    return inspection
 
 
-def label_kind(manifest: Manifest) -> Kind:
-    """Depth where the labels can give it, else disparity."""
-    return "depth" if manifest.target and manifest.target.metric else "disparity"
-
-
-def _look_at_samples(found: Findings, manifest: Manifest, reader: ShardReader, num_samples: int) -> None:
-    for shard, sample in _spread(manifest, num_samples):
-        where = f"{manifest.shards[shard].path}, sample {sample}"
-        try:
-            raw = reader.read(shard, sample)
-            where = f"{manifest.shards[shard].path}, {raw.key}"
-            _look_at(found, manifest, raw)
-        except (OSError, ValueError) as error:
-            found.problems.append(f"{where}: {error}")
-
-
-def _spread(manifest: Manifest, num_samples: int) -> Iterator[tuple[int, int]]:
+def spread(manifest: Manifest, num_samples: int) -> Iterator[tuple[int, int]]:
     """(shard, sample) of at most `num_samples` positions, evenly spread."""
     ends = np.cumsum([shard.num_samples for shard in manifest.shards])
     total = manifest.num_samples
@@ -107,73 +93,116 @@ def _spread(manifest: Manifest, num_samples: int) -> Iterator[tuple[int, int]]:
         yield shard, int(position - ends[shard] + manifest.shards[shard].num_samples)
 
 
-def _look_at(found: Findings, manifest: Manifest, raw: RawSample) -> None:
-    """Decode one sample into the findings. Labels are often lossless and large, so few of their pixels are kept."""
-    image = decode_image(image_member(raw.members))
-    found.sizes.append((image.shape[0], image.shape[1]))
-    if manifest.target is None:
-        return
-    facts = json.loads(raw.members.get("json", b"{}"))
-    target, valid_mask = decode_target(
-        raw.members[manifest.target.extension], manifest.target, facts, label_kind(manifest)
-    )
-    values = target[valid_mask]
-    found.valid_shares.append(float(valid_mask.mean()))
-    found.values.append(values[:: max(1, values.size // NUM_PIXELS)])
-    if "sky.png" in raw.members:
-        sky = decode_image(raw.members["sky.png"])
-        found.sky_shares.append(float((sky > 0).mean()))
+def _open(path: Path) -> Findings:
+    found = Findings(path=path)
+    try:
+        found.data = DataSet(manifest=load_manifest(path), path=path)
+    except (OSError, ValueError) as error:
+        found.problems.append(str(error))
+    return found
 
 
-def _compare_range(found: Findings, manifest: Manifest) -> None:
-    """A wrong scale moves the percentiles out of the range that the authors state."""
-    percentiles = found.percentiles()
-    if (
-        percentiles is None
-        or manifest.target is None
-        or manifest.target.depth_range is None
-        or not manifest.target.metric
-    ):
-        return
-    low, high = manifest.target.depth_range
-    if percentiles[0] < low / STATED_RANGE_SLACK or percentiles[-1] > high * STATED_RANGE_SLACK:
-        found.problems.append(
-            f"98 % of the labels lie in {percentiles[0]:.3g} to {percentiles[-1]:.3g} m, the manifest states "
-            f"{low:g} to {high:g} m; is target.scale = {manifest.target.scale:g} right?"
-        )
-
-
-def _table(findings: dict[Path, Findings]) -> Table:
-    table = Table("data set", "split", "decoded", "image size", "valid", "sky", "1, 50, 99 % of values", "verdict")
-    for path, found in findings.items():
-        manifest = found.manifest
-        verdict = f"[red]{len(found.problems)} problems" if found.problems else "[green]as stated"
-        if manifest is None:
-            table.add_row(str(path), *[""] * 6, verdict)
+def _find_images(findings: Sequence[Findings]) -> None:
+    """Pair each pseudo-label set with its images, if they are among the manifests."""
+    sets = {found.data.manifest.digest(): found.data for found in findings if found.data}
+    for found in findings:
+        origin = found.data.manifest.labels_of if found.data else None
+        if found.data is None or origin is None:
             continue
-        table.add_row(
-            manifest.name,
-            manifest.split,
-            f"{len(found.sizes)} of {manifest.num_samples}",
-            _sizes(found.sizes),
-            _share(found.valid_shares),
-            _share(found.sky_shares),
-            _values(found.percentiles(), "m" if label_kind(manifest) == "depth" else ""),
-            verdict,
+        namesakes = [data for data in sets.values() if _could_be_images(data.manifest, found.data.manifest)]
+        images = sets.get(origin.images_digest)
+        if images is None and namesakes:
+            found.problems.append(
+                f"labels {origin.images!r} with digest {origin.images_digest[:12]}, but {namesakes[0].path} has digest "
+                f"{namesakes[0].manifest.digest()[:12]}: label these images, or name the right manifest"
+            )
+        elif images is None:
+            found.warnings.append("the labels alone were looked at; give the manifest of their images as well")
+        elif len(images.manifest.shards) != len(found.data.manifest.shards):
+            found.problems.append(f"its shards do not belong one for one to those of {images.path}: label again")
+        else:
+            found.data = replace(found.data, images=images)
+
+
+def _could_be_images(images: Manifest, labels: Manifest) -> bool:
+    assert labels.labels_of is not None
+    return images.labels_of is None and (images.name, images.split) == (labels.labels_of.images, labels.split)
+
+
+def _tasks(data: DataSet, num_samples: int, *, hash_all: bool) -> Iterator[Task]:
+    chosen = list(spread(data.manifest, num_samples))
+    places = np.linspace(0, len(chosen) - 1, min(NUM_PLANE_LABELS, len(chosen))).astype(int)
+    with_planes = {chosen[place] for place in places}
+    for shard in range(len(data.manifest.shards)):
+        yield Task(
+            data=data.only_shard(shard),
+            shard=shard,
+            chosen=tuple(sample for number, sample in chosen if number == shard),
+            with_planes=frozenset(sample for number, sample in with_planes if number == shard),
+            num_pixels=min(MAX_VALUES_PER_LABEL, -(-NUM_VALUES // len(chosen))),
+            hash_all=hash_all and data.manifest.labels_of is None,
         )
+
+
+def _look(tasks: Sequence[Task], num_workers: int, *, progress: bool) -> dict[tuple[Path, int], ShardReport]:
+    """The report of every task by manifest and shard, made by `num_workers` processes."""
+    reports = {}
+    with ExitStack() as stack:
+        total = sum(task.data.manifest.num_samples for task in tasks)
+        advance = stack.enter_context(images_progress("inspecting", total, shown=progress))
+        if num_workers > 1 and len(tasks) > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(num_workers))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            futures = as_completed([pool.submit(look_at_shard, task) for task in tasks])
+            done: Iterable[ShardReport] = (future.result() for future in futures)
+        else:
+            done = map(look_at_shard, tasks)
+        for report in done:
+            reports[report.task.data.path, report.task.shard] = report
+            advance(report.task.data.manifest.num_samples)
+    return reports
+
+
+def _conclude(found: Findings, manifest: Manifest, reports: Sequence[ShardReport]) -> None:
+    found.looks = [look for report in reports for look in report.looks]
+    found.problems += [problem for report in reports for problem in report.problems]
+    found.problems += contradictions(manifest, found.looks)
+    found.warnings += doubts(manifest, found.looks)
+    places = [(report.task.shard, sample) for report in reports for sample in report.hashed]
+    found.pictures = Pictures(
+        split=manifest.split,
+        hashes=np.array([value for report in reports for value in report.hashes], np.uint64),
+        places=np.array(places, np.int64).reshape(-1, 2),
+    )
+
+
+def _table(findings: Sequence[Findings]) -> Table:
+    columns = list(next((facts(found) for found in findings if found.data), {}))
+    table = Table("data set", "split", *columns, "verdict")
+    for found in findings:
+        verdict = f"[red]{len(found.problems)} problems" if found.problems else "[green]as stated"
+        if found.data is None:
+            table.add_row(str(found.path), "", *[""] * len(columns), verdict)
+        else:
+            manifest = found.data.manifest
+            table.add_row(manifest.name, manifest.split, *facts(found).values(), verdict)
     return table
 
 
-def _sizes(sizes: list[tuple[int, int]]) -> str:
-    """Width x height of the smallest and the largest image."""
-    ordered = sorted(set(sizes), key=lambda size: size[0] * size[1])
-    ends = ordered[:1] + ordered[1:][-1:]
-    return " to ".join(f"{width}x{height}" for height, width in ends)
-
-
-def _share(shares: list[float]) -> str:
-    return f"{np.mean(shares):.1%}" if shares else ""
-
-
-def _values(percentiles: np.ndarray | None, unit: str) -> str:
-    return "" if percentiles is None else "  ".join(f"{value:.3g}" for value in percentiles) + f" {unit}"
+def _parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "depthkit inspect", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="manifest.json of a data set")
+    parser.add_argument(
+        "--samples", type=int, default=200, metavar="N", help="samples to decode per data set; default: %(default)s"
+    )
+    parser.add_argument("--all", action="store_true", help="look for duplicates among all images, not the decoded ones")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures to look at")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes; default: all cores"
+    )
+    args = parser.parse_args(argv)
+    if args.samples < 1 or args.workers < 1:
+        parser.error("--samples and --workers must be at least 1")
+    return args
