@@ -16,7 +16,7 @@ __all__ = ["IMAGE_SUFFIXES", "MAX_KEY_LENGTH", "Pair", "PairSet", "PairStream", 
 MAX_KEY_LENGTH = 60  # a tar header has room for 100 bytes, extension included
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
     """One image with its label and its sky mask (8-bit grey PNG of the label's size, above 0 = sky), where it has them.
 

@@ -39,7 +39,7 @@ SIGNATURES = {
 VIDEO_JPEG_QUALITY = 95
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """The bytes of one image or label: `reader(path, *arguments)`, or the file at `path` as it is.
 
@@ -141,10 +141,11 @@ def refuse(path: Path, reason: str) -> bytes:
 def tar_members(path: Path) -> Iterator[tuple[str, Source]]:
     """Name and source of every regular file in an uncompressed tar, in order; one pass over the headers."""
     with tarfile.open(path, "r:") as tar:
-        for member in tar:
+        while (member := tar.next()) is not None:
             if member.isfile():
                 place = (member.offset_data, member.size)
-                yield member.name, Source(path, Path(member.name).suffix.lower(), read_range, place)
+                yield member.name, Source(path, os.path.splitext(member.name)[1].lower(), read_range, place)  # noqa: PTH122
+            tar.members.clear()  # it would keep every header
 
 
 def read_range(path: Path, offset: int, length: int) -> bytes:

@@ -86,8 +86,8 @@ def _video_frames(root: Path) -> Images:
     videos = root / "videos" / "train"
     if not videos.is_dir() and not (root / "frames").is_dir():
         raise FileNotFoundError(
-            f"{videos}: no such folder, nor {root / 'frames'}; the recipe takes one frame in ten of the 70,000 training "
-            "videos (bdd100k_videos_train_*.zip), not the 100,000 images; unpack them, or write all frames of each "
+            f"{videos}: no such folder, nor {root / 'frames'}; the recipe takes one frame in ten of the 70,000 "
+            "training videos (bdd100k_videos_train_*.zip), not the 100,000 images; unpack them, or write all frames of each "
             "video to frames/VIDEO/NUMBER.jpg"
         )
     frames = images_below(root / "frames") if (root / "frames").is_dir() else iter(())
