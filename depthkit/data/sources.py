@@ -145,7 +145,7 @@ def tar_members(path: Path) -> Iterator[tuple[str, Source]]:
             if member.isfile():
                 place = (member.offset_data, member.size)
                 yield member.name, Source(path, os.path.splitext(member.name)[1].lower(), read_range, place)  # noqa: PTH122
-            tar.members.clear()  # it would keep every header
+            tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
 
 
 def read_range(path: Path, offset: int, length: int) -> bytes:

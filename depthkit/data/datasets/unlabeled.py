@@ -87,8 +87,8 @@ def _video_frames(root: Path) -> Images:
     if not videos.is_dir() and not (root / "frames").is_dir():
         raise FileNotFoundError(
             f"{videos}: no such folder, nor {root / 'frames'}; the recipe takes one frame in ten of the 70,000 "
-            "training videos (bdd100k_videos_train_*.zip), not the 100,000 images; unpack them, or write all frames of each "
-            "video to frames/VIDEO/NUMBER.jpg"
+            "training videos (bdd100k_videos_train_*.zip), not the 100,000 images; unpack the videos, or write all "
+            "frames of each to frames/VIDEO/NUMBER.jpg"
         )
     frames = images_below(root / "frames") if (root / "frames").is_dir() else iter(())
     for _, of_video in groupby(frames, key=lambda frame: PurePosixPath(frame[0]).parent):
