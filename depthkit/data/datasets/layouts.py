@@ -1,8 +1,10 @@
 """What many layouts share: images found by a pattern, each with a label whose path follows from that of the image."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from depthkit.data.pairs import Pair, safe_keys
 from depthkit.data.sources import Source, file
@@ -38,3 +40,27 @@ def pairs_by_pattern(
             sky=sky_of(image),
             facts={"source_id": id_} | facts_of(image),
         )
+
+
+def read_numbers(path: Path, counts: Container[int]) -> np.ndarray:
+    """The numbers of a text file, divided by blanks or commas; ValueError unless their count is one of `counts`."""
+    try:
+        numbers = np.array(path.read_text().replace(",", " ").split(), float)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if numbers.size not in counts:
+        raise ValueError(f"{path}: {numbers.size} numbers, expected one of {counts}")
+    return numbers
+
+
+def pose_matrix(translation: Sequence[float], quaternion: Sequence[float]) -> np.ndarray:
+    """4x4 rigid motion from a translation and a unit quaternion (x, y, z, w)."""
+    x, y, z, w = np.asarray(quaternion, float) / np.linalg.norm(quaternion)
+    pose = np.eye(4)
+    pose[:3, :3] = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ]
+    pose[:3, 3] = translation
+    return pose
