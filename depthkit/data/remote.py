@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from http.client import HTTPException
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
@@ -39,14 +39,17 @@ REMOTE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 MANIFEST_NAME = re.compile(r"[^/\s'\"=:]+\.json\b")
 PLAIN_PATH = re.compile(r"[\w./+=,@%-]+")
 
+T = TypeVar("T")
+
 _jitter = random.SystemRandom()  # forked workers would share the state of an ordinary generator
 
 
 class Source(NamedTuple):
-    """An open URL: `stream.read(n)` gives its bytes from `start` on."""
+    """An open URL: `stream.read(n)` gives its bytes from `start` on, to `end` where its server says how many it has."""
 
     stream: Any
     start: int
+    end: int | None = None
 
 
 class CacheError(OSError):
@@ -110,7 +113,8 @@ def open_http(url: str, offset: int) -> Iterator[Source]:
     request = Request(url, headers={"User-Agent": "depthkit"} | _range(offset))
     try:
         with urlopen(request, timeout=TIMEOUT) as response:
-            yield Source(response, offset if response.status == 206 else 0)
+            start = offset if response.status == 206 else 0
+            yield Source(response, start, None if response.length is None else start + response.length)
     except HTTPError as error:
         raise _refused(url, error.code, str(error.reason)) from error
     except HTTPException as error:
@@ -130,7 +134,8 @@ def open_s3(url: str, offset: int) -> Iterator[Source]:
         # A session of its own: the one that boto3 shares is not safe among threads.
         response = boto3.session.Session().client("s3").get_object(**arguments)
         with closing(response["Body"]) as body:
-            yield Source(body, offset if response["ResponseMetadata"]["HTTPStatusCode"] == 206 else 0)
+            start = offset if response["ResponseMetadata"]["HTTPStatusCode"] == 206 else 0
+            yield Source(body, start, start + response["ContentLength"])
     except ClientError as error:
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         raise _refused(url, status, error.response["Error"].get("Code", "")) from error
@@ -182,17 +187,41 @@ def _refused(url: str, status: int, reason: str) -> Exception:
 
 def read_url(url: str) -> bytes:
     """The whole content of a small file; ConfigError names the URL when it cannot be had."""
+    return _persistently(url, lambda source: bytes(source.stream.read()))
+
+
+def fetch(url: str, file: FileIO) -> None:
+    """Write all of a URL, of which nothing is known, to `file`; the errors are those of `read_url` and `download`."""
+    num_bytes = _persistently(url, lambda source: source.end)
+    if num_bytes is None:
+        _persistently(url, lambda source: _copy(source, file))
+    else:
+        _fill(url, file, num_bytes)
+
+
+def _persistently(url: str, use: Callable[[Source], T]) -> T:
+    """What `use` gives for the open URL, tried again while it raises OSError."""
     for failures in range(1, MAX_FAILURES + 1):
         try:
             with open_url(url) as source:
-                return bytes(source.stream.read())
+                result = use(source)
+            return result
         except SampleError as error:
             raise ConfigError(str(error)) from error
+        except CacheError:
+            raise
         except OSError as error:
             reason = str(error)
         if failures < MAX_FAILURES:
             _wait(failures)
     raise ConfigError(f"{shown(url)}: {reason}, {MAX_FAILURES} times in a row")
+
+
+def _copy(source: Source, file: FileIO) -> None:
+    file.truncate(0)
+    file.seek(0)
+    while chunk := source.stream.read(CHUNK):
+        _write(file, chunk, len(chunk))
 
 
 def download(url: str, file: FileIO, *, num_bytes: int, sha256: str) -> None:
@@ -233,7 +262,7 @@ def _fill(url: str, file: FileIO, num_bytes: int) -> None:
 
 
 def _append(url: str, file: FileIO, num_bytes: int) -> None:
-    with open_url(url, _size(file)) as (stream, start):
+    with open_url(url, _size(file)) as (stream, start, _):
         file.truncate(start)
         file.seek(start)
         read = getattr(stream, "read1", stream.read)  # what has arrived, not only full chunks
