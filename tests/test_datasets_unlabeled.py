@@ -1,7 +1,9 @@
 """Miniatures of the image sets without depth, in the containers that their authors ship."""
 
 import tarfile
+import tracemalloc
 import zipfile
+from concurrent.futures import Future
 from pathlib import Path
 
 import cv2
@@ -10,7 +12,7 @@ import pytest
 from miniatures import Packed, pack_dataset, rejected, write, write_image
 
 from depthkit.data.datasets import read_dataset
-from depthkit.data.pack import main
+from depthkit.data.pack import _packed, main
 from depthkit.data.pairs import PairStream
 from depthkit.data.shards import image_member
 
@@ -167,7 +169,7 @@ def test_bdd100k_images_are_not_the_recipe(tmp_path: Path, capsys: pytest.Captur
     assert "70,000 training videos" in capsys.readouterr().err
 
 
-def test_pairs_come_one_by_one_and_shards_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_come_one_by_one_and_shards_are_kept(tmp_path: Path) -> None:
     """A stream is never turned into a list, and a second run packs nothing again."""
     root = tmp_path / "root"
     write_tar(root / "sa_000000.tar", [f"sa_{i}.jpg" for i in range(25)])
@@ -181,6 +183,36 @@ def test_pairs_come_one_by_one_and_shards_are_kept(tmp_path: Path, monkeypatch: 
     before = [tar.stat().st_mtime_ns for tar in tars]
     assert main([*arguments, "--samples-per-shard", "10"]) == 0
     assert [tar.stat().st_mtime_ns for tar in tars] == before
+
+
+def test_memory_does_not_grow_with_the_images_of_a_tar(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "sa_000000.tar", "w") as tar:
+        for i in range(10_000):
+            tar.addfile(tarfile.TarInfo(f"sa_{i}.jpg"))
+    (pair_set,) = read_dataset("sa1b", tmp_path)
+    tracemalloc.start()
+    assert sum(1 for _ in pair_set.pairs) == 10_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3_000_000  # the headers of all take 5 MB
+
+
+def test_shards_are_planned_while_others_are_packed() -> None:
+    """No more than a few tasks wait, however many there are."""
+    planned: list[int] = []
+
+    class Pool:
+        def submit(self, work: object, task: int) -> Future:
+            future: Future = Future()
+            future.set_result(-task)
+            return future
+
+    tasks = (planned.append(i) or i for i in range(100))  # type: ignore[func-returns-value]
+    results = []
+    for task, record in _packed(Pool(), tasks, waiting=4):  # type: ignore[arg-type]
+        results.append((task, record))
+        assert len(planned) <= len(results) + 4
+    assert sorted(results) == [(i, -i) for i in range(100)]
 
 
 def test_the_same_key_twice_in_a_shard_is_rejected(tmp_path: Path) -> None:
