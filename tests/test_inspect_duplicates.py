@@ -93,7 +93,7 @@ def test_an_evaluation_image_in_training_is_leakage(tmp_path: Path, capsys: pyte
     capsys.readouterr()
     assert main([str(train), str(clean), str(leaky)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"LEAKAGE: {leaky}: e2 looks ")
+    assert line.startswith(f"{leaky}: LEAKAGE: e2 looks ")
     assert f"{train}: t2 (distance " in line
 
 

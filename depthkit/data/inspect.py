@@ -33,7 +33,7 @@ NUM_VALUES = 2_000_000  # kept per data set for percentiles and histogram; at mo
 MAX_VALUES_PER_LABEL = 10_000
 NUM_PLANE_LABELS = 24  # looked at for flat surfaces, which takes 50 ms each
 LOG_WIDTH = 160  # columns of the table where there is no terminal
-NUM_LISTED = 20
+NUM_LEAKS = 20  # named on the terminal
 
 
 def main(argv: list[str]) -> int:
@@ -47,10 +47,7 @@ def main(argv: list[str]) -> int:
     for found in inspection.findings:
         for warning in found.warnings:
             print(f"{found.path}: warning: {warning}")
-    leaks = [f"LEAKAGE: {inspection.describe(match)}" for match in inspection.duplicates.leaks[:NUM_LISTED]]
-    if len(inspection.duplicates.leaks) > NUM_LISTED:
-        leaks.append(f"LEAKAGE: {len(inspection.duplicates.leaks)} images in all")
-    problems = [f"{found.path}: {problem}" for found in inspection.findings for problem in found.problems] + leaks
+    problems = [f"{found.path}: {problem}" for found in inspection.findings for problem in found.problems]
     print("\n".join(problems), end="\n" if problems else "", file=sys.stderr)
     if args.html:
         from depthkit.data.inspection.page import write_page
@@ -77,7 +74,12 @@ def inspect(
         _conclude(found, manifest, [reports[found.path, number] for number in range(len(manifest.shards))])
     duplicates = find_duplicates([found.pictures for found in findings])
     inspection = Inspection(findings=findings, duplicates=duplicates)
-    for found, repeats in zip(findings, duplicates.repeats, strict=True):
+    for number, found in enumerate(findings):
+        leaks = [match for match in duplicates.leaks if match.second[0] == number]
+        found.problems += [f"LEAKAGE: {inspection.describe(match)}" for match in leaks[:NUM_LEAKS]]
+        if len(leaks) > NUM_LEAKS:
+            found.problems.append(f"LEAKAGE: {len(leaks)} of its images in all are in training data")
+        repeats = duplicates.repeats[number]
         if repeats:
             some = "; ".join(inspection.describe(match) for match in repeats[:NUM_EXAMPLES])
             found.warnings.append(f"{len(repeats)} of {len(found.pictures.hashes)} images have a double: {some}")
@@ -180,7 +182,7 @@ def _table(findings: Sequence[Findings]) -> Table:
     columns = list(next((facts(found) for found in findings if found.data), {}))
     table = Table("data set", "split", *columns, "verdict")
     for found in findings:
-        verdict = f"[red]{len(found.problems)} problems" if found.problems else "[green]as stated"
+        verdict = f"[red]{len(found.problems)} problem(s)" if found.problems else "[green]as stated"
         if found.data is None:
             table.add_row(str(found.path), "", *[""] * len(columns), verdict)
         else:

@@ -53,12 +53,12 @@ class Inspection:
     duplicates: Duplicates
 
     def describe(self, match: Match) -> str:
-        """Both images of a match by manifest, unless it is the same, and key."""
+        """Key of the second image of a match, and what it looks like; a manifest is named where it is another one."""
         (first, number), (second, other) = match.first, match.second
-        files = ["", ""] if first == second else [f"{self.findings[n].path}: " for n in (first, second)]
+        file = f"{self.findings[first].path}: " if first != second else ""
         relation = "looks the same as" if match.distance == 0 else "looks nearly the same as"
-        names = f"{files[1]}{self.key(second, other)} {relation} {files[0]}{self.key(first, number)}"
-        return f"{names} (distance {match.distance} of {BITS})"
+        distance = f"(distance {match.distance} of {BITS})"
+        return f"{self.key(second, other)} {relation} {file}{self.key(first, number)} {distance}"
 
     def key(self, number: int, picture: int) -> str:
         """Key of a hashed image, read from its shard's index."""

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader
 from depthkit import __version__
 from depthkit.data.decode import decode_image
 from depthkit.data.inspection.contradictions import place, share_outside
+from depthkit.data.inspection.duplicates import Match
 from depthkit.data.inspection.findings import Findings, Inspection, facts, label_kind
 from depthkit.data.inspection.look import DataSet, Label, Look, paired_image, read_label, reason
 from depthkit.data.shards import image_member
@@ -39,10 +40,10 @@ def write_page(inspection: Inspection, path: Path) -> None:
     leaks = inspection.duplicates.leaks
     html = environment.get_template("page.html.j2").render(
         sections=[_section(found, number) for number, found in enumerate(inspection.findings)],
-        leaks=[inspection.describe(match) for match in leaks[:NUM_LEAKS_LISTED]],
+        leaks=[_leak(inspection, match) for match in leaks[:NUM_LEAKS_LISTED]],
         num_leaks=len(leaks),
         leak_pictures=[
-            {"text": inspection.describe(match), "tiles": [_image_of(inspection, image) for image in match[:2]]}
+            {"text": _leak(inspection, match), "tiles": [_image_of(inspection, image) for image in match[:2]]}
             for match in leaks[:NUM_LEAKS_SHOWN]
         ],
         colors={"measured": MEASURED, "sky": SKY, "nothing": NOTHING},
@@ -185,6 +186,10 @@ def _small_label(label: Label) -> Label:
     lowest = label.disparity.min()
     disparity = shrink(np.where(label.measured, label.disparity, lowest))
     return Label(disparity, shrink(label.measured.astype(np.uint8)) > 0, shrink(label.sky.astype(np.uint8)) > 0)
+
+
+def _leak(inspection: Inspection, match: Match) -> str:
+    return f"{inspection.findings[match.second[0]].path}: {inspection.describe(match)}"
 
 
 def _image_of(inspection: Inspection, image: tuple[int, int]) -> str:
