@@ -1,6 +1,7 @@
 """Remote shards: fetched whole, once, over connections that break; what is read is what a local copy gives."""
 
 import errno
+import fcntl
 import os
 import pickle
 import re
@@ -21,7 +22,7 @@ from handmade import unlabeled_sample, write_dataset
 
 from depthkit.config import ConfigError, PathsConfig
 from depthkit.data import remote
-from depthkit.data.cache import CacheFullError, ShardCache
+from depthkit.data.cache import CacheFullError, ShardCache, _lock
 from depthkit.data.index import index_path
 from depthkit.data.manifest import Manifest, load_manifest, save_manifest
 from depthkit.data.quarantine import SampleError
@@ -394,6 +395,21 @@ def test_four_processes_fetch_each_shard_once(server: FileServer, cache: ShardCa
     processes = [start(server, cache) for _ in range(4)]
     assert [process.wait(timeout=60) for process in processes] == [0, 0, 0, 0]
     assert server.count() == dict.fromkeys(NAMES, 1) | {"manifest.json": 4}
+
+
+def test_a_lock_on_a_file_that_has_just_lost_its_name_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner finished, and renamed it, between our opening it and our locking it."""
+    part = tmp_path / "a.part"
+    lock = fcntl.flock
+
+    def finish_first(file: FileIO, operation: int) -> None:
+        part.rename(tmp_path / "a.tar")
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", finish_first)
+    assert _lock(part, os.O_RDWR | os.O_CREAT) is None
 
 
 @pytest.mark.parametrize("damaged", [False, True])
