@@ -270,3 +270,24 @@ def test_ddad_laser_seen_by_the_front_camera(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         facts["pose"], [[0, 0, 1, 10.2], [-1, 0, 0, 0], [0, -1, 0, 1.5], [0, 0, 0, 1]], atol=1e-9
     )
+
+
+def test_bad_files_cost_their_own_sample_alone(tmp_path: Path) -> None:
+    ddad(tmp_path / "ddad")
+    (tmp_path / "ddad/000150/point_cloud/LIDAR/16.npz").write_bytes(b"PK\x03\x04 cut off")
+    assert pack_dataset("ddad", tmp_path / "ddad", tmp_path / "out", exit_code=1) == {}
+    assert "not a point cloud" in rejected(tmp_path / "out", "ddad")[0]["reason"]
+    kitti(tmp_path / "kitti")
+    (tmp_path / f"kitti/{DATE}/{DRIVE}/velodyne_points/data/{69:010d}.bin").write_bytes(bytes(4 * 7))
+    packed = pack_dataset("kitti_eigen697", tmp_path / "kitti", tmp_path / "out", exit_code=1)["kitti_eigen697"]
+    assert len(packed.samples) == 2
+    sintel(tmp_path / "sintel")
+    write_image(tmp_path / "sintel/training/final/alley_1/frame_0003_copy.png")
+    assert len(pack_dataset("sintel_final", tmp_path / "sintel", tmp_path / "out")["sintel_final"].samples) == 1
+
+
+def test_kitti_list_of_another_form_is_named(tmp_path: Path) -> None:
+    kitti(tmp_path)
+    write(tmp_path / "kitti_eigen_test_files_with_gt.txt", f"{DATE}/{DRIVE} 69 l\n")
+    with pytest.raises(ValueError, match=r"kitti_eigen_test_files_with_gt.txt: line 1: .* is not 'IMAGE LABEL FOCAL'"):
+        read_dataset("kitti_eigen652", tmp_path)

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from depthkit.data.datasets.layouts import pose_matrix, required
 from depthkit.data.datasets.lidar import nearest_points
 from depthkit.data.pairs import Pair, safe_key
+from depthkit.data.quarantine import SampleError
 from depthkit.data.sources import Source, file, npz
 
 CAMERA, LASER = "CAMERA_01", "LIDAR"
@@ -31,7 +33,10 @@ def project(
 
     `path` is a .npz whose array `data` begins with x, y, z; `camera_from_laser` are 16 numbers, row by row.
     """
-    points = np.load(path)["data"]
+    try:
+        points = np.load(path)["data"]
+    except (ValueError, LookupError, BadZipFile, EOFError) as error:
+        raise SampleError(f"{path}: not a point cloud of DGP: {error}") from error
     if points.dtype.fields:
         points = np.stack([points[axis] for axis in "XYZ"], 1)
     motion = np.reshape(camera_from_laser, (4, 4))
@@ -48,6 +53,8 @@ def _pairs(root: Path, path: Path) -> Iterator[Pair]:
     data = {datum["key"]: datum for datum in scene["data"]}
     for frame, sample in enumerate(scene["samples"]):
         found = {data[key]["id"]["name"].upper(): data[key]["datum"] for key in sample["datum_keys"]}
+        if not {CAMERA, LASER} <= found.keys():
+            continue
         image, cloud = found[CAMERA]["image"], found[LASER]["point_cloud"]
         world_from_camera, world_from_laser = _pose(image["pose"]), _pose(cloud["pose"])
         intrinsics = _intrinsics(path.parent / "calibration" / f"{sample['calibration_key']}.json")

@@ -41,21 +41,24 @@ def find_2015(root: Path) -> dict[str, Iterator[Pair]]:
         return {"intrinsics_px": _intrinsics(left), "baseline_m": (left[3] - right[3]) / left[0]}
 
     labels = training / "disp_occ_0"
-    return {"test": pairs_by_pattern(root, "training/image_2/*_10.png", lambda p: labels / p.name, facts_of=facts_of)}
+    return {
+        "test": pairs_by_pattern(
+            root, f"training/image_2/{'[0-9]' * 6}_10.png", lambda p: labels / p.name, facts_of=facts_of
+        )
+    }
 
 
 def project_sweep(path: Path, dates: Path) -> bytes:
     """A sweep as the field's evaluation code projects it, as .npz of (H, W) float32 metres.
 
     `path` holds float32 x (forward), y, z, reflectance for each point, `dates` is the folder with the calibration.
-    Points with x < 0 are left out, pixel = round(projection) - 1 as in KITTI's MATLAB code, the smallest value wins.
+    Points behind the laser are left out, pixel = round(projection) - 1 as in KITTI's MATLAB code, the nearest wins.
     The value is x of the laser, not z of the camera, as in `generate_depth_map(..., vel_depth=True)` of monodepth2.
     """
     numbers = np.fromfile(path, np.float32)
     if numbers.size % 4:
         raise SampleError(f"{path}: {numbers.size} numbers are not a list of x, y, z, reflectance")
     points = numbers.reshape(-1, 4)[:, :3].astype(np.float64)
-    points = points[points[:, 0] >= 0]
     projection, size = _projection(dates)
     projected = projection @ np.vstack([points.T, np.ones(len(points))])
     in_front = projected[2] > 0
@@ -92,9 +95,11 @@ def read_calibration(path: Path) -> dict[str, np.ndarray]:
 def _eigen(root: Path) -> Iterator[tuple[str, str | None]]:
     """Image and improved ground truth of each line, the latter None for the 45 frames without."""
     cure = f"it ships with github.com/LiheYoung/Depth-Anything as metric_depth/train_test_inputs/{EIGEN_LIST}"
-    for line in required(root / EIGEN_LIST, cure).read_text().splitlines():
-        image, label, _ = line.split()
-        yield image, None if label == "None" else label
+    for number, line in enumerate(required(root / EIGEN_LIST, cure).read_text().splitlines(), start=1):
+        columns = line.split()
+        if len(columns) != 3 or len(Path(columns[0]).parts) != 5:
+            raise ValueError(f"{root / EIGEN_LIST}: line {number}: {line!r} is not 'IMAGE LABEL FOCAL'; {cure}")
+        yield columns[0], None if columns[1] == "None" else columns[1]
 
 
 def _ground_truth(root: Path, label: str) -> Path:

@@ -29,6 +29,8 @@ def _facts(image: Path) -> dict[str, Any]:
     """`cam0=[fx 0 cx; 0 fy cy; 0 0 1]` and `doffs` in pixels, `baseline` in millimetres."""
     text = required(image.with_name("calib.txt"), "of the scene's archive").read_text()
     values = dict(re.findall(r"^(\w+)=(.*)$", text, re.MULTILINE))
+    if not {"cam0", "doffs", "baseline"} <= values.keys():
+        raise ValueError(f"{image.with_name('calib.txt')}: no cam0, doffs and baseline; found {', '.join(values)}")
     fx, _, cx, _, fy, cy, *_ = map(float, re.findall(r"[-+.\deE]+", values["cam0"]))
     return {
         "intrinsics_px": [fx, fy, cx, cy],

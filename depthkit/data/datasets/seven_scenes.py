@@ -9,6 +9,7 @@ from typing import Any
 from depthkit.data.datasets.layouts import pairs_by_pattern, required
 from depthkit.data.pairs import Pair
 
+DIGITS = "[0-9]" * 6
 INTRINSICS = [585.0, 585.0, 320.0, 240.0]
 
 
@@ -23,7 +24,7 @@ def find(root: Path) -> dict[str, Iterator[Pair]]:
 def _sequences(root: Path, scene: Path) -> Iterator[Pair]:
     """`TestSplit.txt` says `sequence3` for the folder `seq-03`."""
     numbers = re.findall(r"sequence(\d+)", (scene / "TestSplit.txt").read_text())
-    patterns = [f"{scene.name}/seq-{int(number):02d}/frame-*.color.png" for number in numbers]
+    patterns = [f"{scene.name}/seq-{int(number):02d}/frame-{DIGITS}.color.png" for number in numbers]
     for pair in pairs_by_pattern(root, patterns, lambda p: _beside(p, ".depth.png"), facts_of=_facts):
         pose = _beside(pair.image.path, ".pose.txt")
         yield replace(pair, pose=pose if pose.is_file() else None)

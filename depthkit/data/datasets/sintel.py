@@ -25,7 +25,7 @@ def _find(root: Path, rendering: str) -> dict[str, Iterator[Pair]]:
     def label_of(image: Path) -> Source:
         return Source(training / "depth" / image.parent.name / f"{image.stem}.dpt", ".npz", read_dpt)
 
-    pattern = f"training/{rendering}/*/frame_*.png"
+    pattern = f"training/{rendering}/*/frame_{'[0-9]' * 4}.png"
     return {"test": pairs_by_pattern(root, pattern, label_of, facts_of=partial(_facts, training))}
 
 
@@ -48,6 +48,9 @@ def _facts(training: Path, image: Path) -> dict[str, Any]:
     camera = training / "camdata_left" / image.parent.name / f"{image.stem}.cam"
     if not camera.is_file():
         return facts
-    numbers = np.frombuffer(camera.read_bytes(), "<f8", offset=4)
+    data = camera.read_bytes()
+    if not data.startswith(TAG) or len(data) != len(TAG) + 8 * (9 + 12):
+        raise ValueError(f"{camera}: {len(data)} bytes are not a camera of Sintel")
+    numbers = np.frombuffer(data, "<f8", offset=len(TAG))
     motion = np.vstack([numbers[9:21].reshape(3, 4), [0, 0, 0, 1]])
     return facts | {"intrinsics_px": numbers[[0, 4, 2, 5]].tolist(), "pose": np.linalg.inv(motion).tolist()}

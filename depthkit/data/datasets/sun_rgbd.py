@@ -31,7 +31,7 @@ def _pair(root: Path, frame: str) -> Pair:
 
 def _only(folder: Path, suffix: str) -> Path:
     """The file of a folder that holds one; a path that does not exist where it holds none."""
-    return min(folder.glob(f"*{suffix}"), default=folder / f"missing{suffix}")
+    return min(folder.glob(f"[!.]*{suffix}"), default=folder / f"missing{suffix}")
 
 
 def _intrinsics(path: Path) -> dict[str, list[float]]:

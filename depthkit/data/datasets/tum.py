@@ -63,5 +63,5 @@ def associate(first: list[float], second: list[float], max_difference: float = M
 def _read(path: Path) -> tuple[list[float], list[list[str]]]:
     """Times in seconds, and what stands behind them on each line that is no comment."""
     lines = required(path, "every sequence has one").read_text().splitlines()
-    rows = [line.split() for line in lines if line.strip() and not line.startswith("#")]
+    rows = [row for row in map(str.split, lines) if len(row) > 1 and not row[0].startswith("#")]
     return [float(row[0]) for row in rows], [row[1:] for row in rows]
