@@ -158,6 +158,19 @@ def test_who_looked_earlier_does_not_label_again_what_others_finished(images: Pa
     assert_complete(images, tmp_path / "labels")
 
 
+def test_a_manifest_does_not_outlive_a_shard_that_is_written_again(images: Path, tmp_path: Path):
+    shards = store(images, tmp_path / "labels")
+    for shard in range(3):
+        assert shards.take() == shard
+        write_shard(shards, shard)
+    assert shards.finish()
+    (tmp_path / "labels" / "train-000001.tar").unlink()
+    assert shards.take() == 1
+    write_shard(shards, 1, 2.0)
+    assert shards.finish()
+    assert_complete(images, tmp_path / "labels")
+
+
 def test_file_systems_without_hard_links_will_do(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def no_links(*_: Any) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
@@ -230,8 +243,8 @@ def test_too_many_unreadable_images_leave_no_manifest_and_no_claim(run_label: La
 
 def flip_a_byte(tar: Path) -> None:
     data = bytearray(tar.read_bytes())
-    offset, size = next(iter(load_index(tar).samples.values()))["disparity.png"]
-    data[offset + size // 2] ^= 0x40
+    offset, size = next(iter(load_index(tar).samples.values()))["json"]
+    data[offset + size - 2] ^= 1  # a digit becomes another one, and the label still decodes
     tar.write_bytes(data)
 
 
@@ -355,7 +368,7 @@ def test_four_processes_write_every_shard_once(start: Start, run_label: Label, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_when_one_of_four_is_killed_the_rest_finish(start: Start, tmp_path: Path, seed: int):
     images, out = write_images(tmp_path / "images", 40, 8), tmp_path / "labels"
     victim, *rest = [start(images, out) for _ in range(4)]
