@@ -23,7 +23,7 @@ def find_test(root: Path) -> dict[str, Iterator[Pair]]:
 def find_val800(root: Path) -> dict[str, Iterator[Pair]]:
     """The 800 frames of the validation scenes that Marigold's evaluation drew."""
     name = "scannet_val_sampled_list_800_1.txt"
-    cure = f"it ships with github.com/prs-eth/Marigold as data_split/scannet/{name}"
+    cure = f"it ships with github.com/prs-eth/Marigold as data_split/scannet_depth/{name}"
     lines = required(root / name, cure).read_text().splitlines()
     return {"val": (_pair(root, root / line.split()[0]) for line in lines if line.strip())}
 
