@@ -26,7 +26,7 @@ import torch
 
 from depthkit.bundle import BundleFacts, load_model, save_bundle
 from depthkit.config import CONF_DIR, register_schemas, to_config
-from depthkit.data.decode import decode_target, encode_disparity
+from depthkit.data.decode import PNG_OPTIONS, decode_target, encode_disparity
 from depthkit.data.label_store import TARGET
 from depthkit.data.manifest import load_manifest
 from depthkit.data.procedural import WorldSpec, write_world
@@ -37,7 +37,7 @@ from depthkit.models import build_model
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 NUM_IMAGES = 62_000_000
 REPEATS = 3
-FAST = (cv2.IMWRITE_PNG_COMPRESSION, 1)
+ZLIB_1 = (cv2.IMWRITE_PNG_COMPRESSION, 1)
 
 Encoded = tuple[bytes, dict[str, float]]
 
@@ -48,7 +48,7 @@ class Form(NamedTuple):
     decode: Callable[[bytes, dict[str, float], tuple[int, int]], np.ndarray]
 
 
-def png(codes: np.ndarray, options: Sequence[int] = FAST) -> bytes:
+def png(codes: np.ndarray, options: Sequence[int] = PNG_OPTIONS) -> bytes:
     return cv2.imencode(".png", codes, options)[1].tobytes()
 
 
@@ -70,7 +70,7 @@ def from_linear(codes: np.ndarray, facts: dict[str, float]) -> np.ndarray:
 
 
 def png16_linear(name: str, *options: int) -> Form:
-    """The codes of the label sets under other settings of the same format."""
+    """The codes of the label sets under other settings of the same format; theirs is level 1 with run lengths alone."""
 
     def encode(disparity: np.ndarray) -> Encoded:
         codes, facts = linear_codes(disparity, 65535)
@@ -178,8 +178,8 @@ def jpeg_xl() -> Form:
 MAKERS: list[Callable[[], Form]] = [
     current,
     lambda: png16_linear("zlib level 6", cv2.IMWRITE_PNG_COMPRESSION, 6),
-    lambda: png16_linear("run lengths", *FAST, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE),
-    lambda: png16_linear("Huffman alone", *FAST, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY),
+    lambda: png16_linear("zlib level 1", *ZLIB_1),
+    lambda: png16_linear("Huffman alone", *ZLIB_1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY),
     png16_log,
     linear16_zstd,
     float16_zstd,

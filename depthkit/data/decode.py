@@ -27,6 +27,8 @@ REDUCED_FLAGS = {
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_COLOR_RGB,
 }
 MAX_CODE = 65535
+# The low byte of a code is noise: looking for anything but runs (sky) costs time and space (docs/label-storage.md).
+PNG_OPTIONS = (cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE)
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -193,7 +195,7 @@ def encode_disparity(disparity: np.ndarray) -> tuple[bytes, dict[str, float]]:
     offset = float(values.min())
     scale = float(values.max()) - offset
     codes = np.rint((values - offset) * (MAX_CODE / scale if scale > 0 else 0)).astype(np.uint16)
-    written, png = cv2.imencode(".png", codes, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    written, png = cv2.imencode(".png", codes, PNG_OPTIONS)
     assert written
     return png.tobytes(), {"scale": scale, "offset": offset}
 
