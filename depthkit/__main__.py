@@ -10,6 +10,7 @@ VERBS = {
     "inspect": ("depthkit.data.inspect", "check shards and labels against their manifest"),
     "train": ("depthkit.train", "train a stage: experiment=NAME and Hydra overrides"),
     "label": ("depthkit.label", "pseudo-label images: bundle=TEACHER images=MANIFEST out=DIR"),
+    "select": ("depthkit.select", "choose images by their labels: labels=MANIFEST out=FILE fraction=0.3"),
     "evaluate": ("depthkit.evaluation.evaluate", "metrics by a named protocol, with a report"),
     "predict": ("depthkit.inference.predict", "depth maps of images and videos: MODEL INPUT --out DIR"),
     "import": ("depthkit.importing", "published weights -> bundle: CHECKPOINT --out BUNDLE"),

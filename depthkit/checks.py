@@ -15,7 +15,7 @@ from depthkit.config import (
     check,
 )
 from depthkit.data.manifest import load_manifest
-from depthkit.data.reader import labels_manifest, usable_target
+from depthkit.data.reader import labels_manifest, selected_samples, usable_target
 from depthkit.types import Kind
 
 if TYPE_CHECKING:
@@ -107,8 +107,11 @@ def check_dataset(field_name: str, dataset: DatasetConfig, kind: Kind | None) ->
                 f"{field_name}.manifest={dataset.manifest}: no such file; `depthkit pack` writes manifests"
             )
         return
+    images = load_manifest(path)
     if kind is not None:
-        usable_target(labels_manifest(dataset, load_manifest(path)), field_name, kind, dataset.depth_range)
+        usable_target(labels_manifest(dataset, images), field_name, kind, dataset.depth_range)
+    if dataset.selection is not None:
+        selected_samples(dataset, images, labels_manifest(dataset, images))
 
 
 def check_validation(config: TrainConfig) -> None:
@@ -177,4 +180,7 @@ def num_images(dataset: DatasetConfig) -> int:
     path = Path(dataset.manifest)
     if not path.is_file() and dataset.world is not None:
         return dataset.world.num_images
-    return load_manifest(path).num_samples
+    images = load_manifest(path)
+    if dataset.selection is not None:
+        return sum(map(len, selected_samples(dataset, images, labels_manifest(dataset, images))))
+    return images.num_samples

@@ -76,6 +76,7 @@ class DatasetConfig:
 
     manifest: str = MISSING  # path or URL of the manifest; shards are found beside it
     labels: str | None = None  # path or URL of a pseudo-label manifest for these images
+    selection: str | None = None  # path of a file by `depthkit select`: train on its samples alone
     weight: float = 1.0  # samples per sweep relative to the data set's own size; 1 = plain concatenation
     depth_range: list[float] | None = None  # metres; pixels outside are not supervised
     world: WorldConfig | None = None  # render the data set when the manifest is missing

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from depthkit.data.decode import decode_image, decode_target, image_size, target
 from depthkit.data.manifest import Manifest, TargetSpec, load_manifest
 from depthkit.data.quarantine import SampleError
 from depthkit.data.remote import is_remote, root_of, shown
+from depthkit.data.selection import kept_samples, load_selection
 from depthkit.data.shards import RawSample, ShardReader, image_member
 from depthkit.data.windows import Window, crop_image, full_window, inference_size, jpeg_reduction, target_grid
 from depthkit.types import Kind, Rejection, Sample
@@ -27,24 +29,38 @@ class DatasetReader:
 
     Labels come from the data set's own shards or, with `config.labels`, from a pseudo-label set whose shards belong one
     for one to the image shards. With `kind` None only images are read and every target is empty of supervision.
+
+    With `config.selection` shards and samples are those that it keeps: both are numbered as if there were no others.
     """
 
     def __init__(self, name: str, config: DatasetConfig, kind: Kind | None, cache: ShardCache | None = None) -> None:
         self.name = name
         self.kind = kind
         self.depth_range = config.depth_range
-        self.manifest = load_manifest(config.manifest)
+        images = load_manifest(config.manifest)
+        labeled = labels_manifest(config, images)
+        self.kept = None if config.selection is None else selected_samples(config, images, labeled)
+        self.manifest = images
+        if self.kept is not None:
+            self.manifest, labeled = (keep_shards(manifest, self.kept) for manifest in (images, labeled))
+            self.kept = [kept for kept in self.kept if len(kept)]
         self.images = ShardReader(self.manifest, root_of(config.manifest), cache)
-        labeled = labels_manifest(config, self.manifest)
         self.labels = None if config.labels is None else ShardReader(labeled, root_of(config.labels), cache)
         self.target = None if kind is None else usable_target(labeled, name, kind, config.depth_range)
 
     @property
     def shard_sizes(self) -> list[int]:
+        if self.kept is not None:
+            return [len(kept) for kept in self.kept]
         return [shard.num_samples for shard in self.manifest.shards]
+
+    def _stored(self, shard: int, index: int) -> int:
+        """Where a sample lies in the tar of its shard."""
+        return index if self.kept is None else int(self.kept[shard][index])
 
     def read(self, shard: int, index: int, choose_window: Callable[[tuple[int, int]], Window]) -> Sample:
         """The sample cropped to the window that `choose_window` picks for the image's (height, width)."""
+        index = self._stored(shard, index)
         raw = self.images.read(shard, index)
         data = image_member(raw.members)
         size = image_size(data)
@@ -56,6 +72,7 @@ class DatasetReader:
 
     def read_whole(self, shard: int, index: int, *, short_side: int, multiple: int) -> Sample:
         """The whole image at the size a model sees it, and the target at its own size, untouched."""
+        index = self._stored(shard, index)
         raw = self.images.read(shard, index)
         data = image_member(raw.members)
         size = image_size(data)
@@ -66,6 +83,7 @@ class DatasetReader:
 
     def rejection(self, shard: int, index: int, error: SampleError) -> Rejection:
         """What the quarantine list says of this sample. The key may be unknown when the shard itself is broken."""
+        index = self._stored(shard, index)
         try:
             key = self.images.keys(shard)[index]
         except SampleError:
@@ -182,6 +200,19 @@ def check_labels_belong(labels: Manifest, images: Manifest, labels_path: Path | 
                 f"{labels_path} does not match {images_path} shard for shard: {found} in the place of {wanted}; "
                 "run `depthkit label` with stage.verify=true"
             )
+
+
+def selected_samples(config: DatasetConfig, images: Manifest, labels: Manifest) -> list[np.ndarray]:
+    """The indices that `config.selection` keeps of every shard; ConfigError unless it is of these images and labels."""
+    path = Path(str(config.selection))
+    selection = load_selection(path, images, None if config.labels is None else labels)
+    return [kept_samples(selection, label_path(shard.path), shard.num_samples) for shard in images.shards]
+
+
+def keep_shards(manifest: Manifest, kept: list[np.ndarray]) -> Manifest:
+    """The manifest without the shards of which nothing is kept."""
+    shards = zip(manifest.shards, kept, strict=True)
+    return replace(manifest, shards=tuple(shard for shard, samples in shards if len(samples)))
 
 
 def label_path(image_shard: str) -> str:
