@@ -16,6 +16,7 @@ from depthkit.config import (
 )
 from depthkit.data.manifest import load_manifest
 from depthkit.data.reader import labels_manifest, selected_samples, usable_target
+from depthkit.data.remote import is_remote
 from depthkit.types import Kind
 
 if TYPE_CHECKING:
@@ -100,14 +101,13 @@ def check_warmup(config: TrainConfig) -> None:
 
 def check_dataset(field_name: str, dataset: DatasetConfig, kind: Kind | None) -> None:
     """The manifest is there (or can be rendered) and its labels can give `kind`; None for a stage that reads none."""
-    path = Path(dataset.manifest)
-    if not path.is_file():
+    if not is_remote(dataset.manifest) and not Path(dataset.manifest).is_file():
         if dataset.world is None:
             raise ConfigError(
                 f"{field_name}.manifest={dataset.manifest}: no such file; `depthkit pack` writes manifests"
             )
         return
-    images = load_manifest(path)
+    images = load_manifest(dataset.manifest)
     if kind is not None:
         usable_target(labels_manifest(dataset, images), field_name, kind, dataset.depth_range)
     if dataset.selection is not None:
@@ -177,10 +177,9 @@ def num_steps(config: TrainConfig) -> int:
 
 
 def num_images(dataset: DatasetConfig) -> int:
-    path = Path(dataset.manifest)
-    if not path.is_file() and dataset.world is not None:
+    if dataset.world is not None and not Path(dataset.manifest).is_file():
         return dataset.world.num_images
-    images = load_manifest(path)
+    images = load_manifest(dataset.manifest)
     if dataset.selection is not None:
         return sum(map(len, selected_samples(dataset, images, labels_manifest(dataset, images))))
     return images.num_samples

@@ -26,6 +26,7 @@ from depthkit.config import (
     TeacherConfig,
     TrainConfig,
 )
+from depthkit.data.cache import ShardCache
 from depthkit.data.datamodule import DepthDataModule
 from depthkit.data.manifest import load_manifest
 from depthkit.files import atomic_write
@@ -100,6 +101,7 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
         multiple=size_multiple(config.model),
         target_kind=None if isinstance(config.stage, PretrainConfig) else "disparity",
         limit_val=config.trainer.limit_val_batches,
+        cache=ShardCache(config.paths),
     )
     trainer = build_trainer(config, callbacks)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
@@ -275,7 +277,7 @@ def provenance_of_data(
     teachers: dict[str, dict[str, str]] = {}
     for stream in streams:
         for name, dataset in getattr(config.data, stream).items():
-            manifest = load_manifest(Path(dataset.manifest))
+            manifest = load_manifest(dataset.manifest)
             row = {
                 "name": manifest.name,
                 "split": manifest.split,
@@ -285,7 +287,7 @@ def provenance_of_data(
                 "licence": manifest.licence,
             }
             if dataset.labels is not None:
-                labels = load_manifest(Path(dataset.labels))
+                labels = load_manifest(dataset.labels)
                 row["labels_digest"] = labels.digest()
                 row["labels_licence"] = labels.licence
                 row["teacher_sha256"] = labels.labels_of.teacher_sha256 if labels.labels_of else ""

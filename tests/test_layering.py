@@ -126,6 +126,7 @@ def test_callbacks_know_no_model_and_no_stage(module):
 def test_extras_are_imported_where_they_are_used(module):
     """Optional packages only inside functions; a plain install can import every module."""
     extras = {
+        "boto3",
         "deepspeed",
         "transformers",
         "onnx",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from depthkit.data import pack
+from depthkit.data import inspect, pack
 from depthkit.data.manifest import Manifest, load_manifest
 from depthkit.evaluation import evaluate
 from depthkit.evaluation.protocols import protocol_id
@@ -18,6 +18,8 @@ from depthkit.train import run
 pytestmark = pytest.mark.slow
 
 TEST_SOURCES = ["kitti_metric3d", "nyu_metric3d", "nyu_unidepth", "tum_open3d", "sunrgbd_kinect2", "realsense_graspnet"]
+SHARED_SCENE = "nyu_open3d_raw"
+"""Has a photograph of a test source; its labels are not registered, so it is evaluated nowhere."""
 NUM_TEST_IMAGES = 9
 FEW_STEPS = ["trainer.max_steps=4", "optim.warmup_steps=2", "data.num_workers=0", "trainer.enable_progress_bar=false"]
 
@@ -29,7 +31,7 @@ def root(samples_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the packed samples in `data/real`."""
     root = tmp_path_factory.mktemp("real")
     arguments = [str(samples_dir / "index.jsonl"), "--out", str(root / "data" / "real"), "--workers", "1"]
-    assert pack.main([*arguments, "--test-sources", ",".join(TEST_SOURCES)]) == 0
+    assert pack.main([*arguments, "--test-sources", ",".join([*TEST_SOURCES, SHARED_SCENE])]) == 0
     return root
 
 
@@ -64,7 +66,7 @@ def test_every_sample_is_packed_and_a_source_is_in_one_split(samples_dir, manife
     packed = {name: manifest.num_samples for name, manifest in manifests.items() if name != "unlabeled"}
     assert packed == {source: sum(row["source"] == source for row in rows) for source in {r["source"] for r in rows}}
     splits = {name: manifest.split for name, manifest in manifests.items()}
-    assert {name for name, split in splits.items() if split == "test"} == set(TEST_SOURCES)
+    assert {name for name, split in splits.items() if split == "test"} == {*TEST_SOURCES, SHARED_SCENE}
     assert set(splits.values()) == {"train", "test"}
 
 
@@ -104,3 +106,7 @@ def test_both_are_evaluated_on_the_sources_left_out(root, bundles, compose):
         assert 0 < overall["delta1"] <= 1
     with (out / "per_image.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2 * NUM_TEST_IMAGES
+
+
+def test_no_test_image_is_in_training(root):
+    assert inspect.main([*map(str, sorted((root / "data" / "real").glob("*/manifest.json")))]) == 0

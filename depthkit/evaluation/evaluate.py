@@ -25,7 +25,9 @@ from depthkit.inference.predictor import Predictor
 from depthkit.types import Rejection
 
 
-def evaluate(predictors: Mapping[str, Predictor], manifests: Sequence[Path], protocol: ProtocolConfig) -> Evaluation:
+def evaluate(
+    predictors: Mapping[str, Predictor], manifests: Sequence[Path | str], protocol: ProtocolConfig
+) -> Evaluation:
     """Score every model on every usable image of the data sets.
 
     ValueError when nothing can be scored, when the protocol is not defined for a model's kind, and when a prediction is
@@ -59,7 +61,9 @@ def _score(model: str, predictor: Predictor, case: Case, key: str, protocol: Pro
         raise ValueError(f"model {model}: {error}") from error
 
 
-def usable_datasets(manifests: Sequence[Path], protocol: ProtocolConfig) -> tuple[list[EvaluationSet], list[Rejection]]:
+def usable_datasets(
+    manifests: Sequence[Path | str], protocol: ProtocolConfig
+) -> tuple[list[EvaluationSet], list[Rejection]]:
     """The data sets that the protocol can use, and an entry without shard and key for each one that it cannot."""
     usable: list[EvaluationSet] = []
     refused: list[Rejection] = []
@@ -135,7 +139,7 @@ def run(config: EvaluateConfig) -> None:
     """Evaluate, write everything to `config.out` and print the means."""
     names = short_names(config.models)
     predictors = {name: load(path, config.device) for name, path in zip(names, config.models, strict=True)}
-    evaluation = evaluate(predictors, [Path(path) for path in config.datasets], config.protocol)
+    evaluation = evaluate(predictors, config.datasets, config.protocol)
     out = Path(config.out)
     save(evaluation, out)
     write_report(evaluation, out, config.num_pictures)

@@ -12,6 +12,7 @@ from depthkit.data.decode import decode_image, decode_target
 from depthkit.data.manifest import TargetSpec, load_manifest
 from depthkit.data.quarantine import SampleError
 from depthkit.data.reader import read_facts
+from depthkit.data.remote import root_of
 from depthkit.data.shards import ShardReader, image_member
 from depthkit.evaluation.protocols import MIN_PIXELS, Comparison, compare, evaluated_pixels, score
 from depthkit.geometry import reciprocal
@@ -29,9 +30,9 @@ class Case(NamedTuple):
 class EvaluationSet:
     """A labeled data set, read image by image. `name` is NAME/SPLIT of its manifest."""
 
-    def __init__(self, manifest: Path) -> None:
+    def __init__(self, manifest: Path | str) -> None:
         self.manifest = load_manifest(manifest)
-        self.reader = ShardReader(self.manifest, manifest.parent)
+        self.reader = ShardReader(self.manifest, root_of(manifest))
         self.name = f"{self.manifest.name}/{self.manifest.split}"
 
     def refusal(self, protocol: ProtocolConfig) -> str | None:
