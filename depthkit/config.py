@@ -225,6 +225,10 @@ class PseudoLabelConfig(StageConfig):
     batch_size: int = 8  # images of one size per forward pass
     num_workers: int = 4  # loader processes per labelling process
     num_writers: int = 4  # threads per labelling process that encode and write labels
+    flip: bool = False  # label the mirrored image too; of several views the mean is kept, with its uncertainty
+    scales: list[float] = field(default_factory=lambda: [1.0])  # of short_side, at which images are seen; the first 1
+    sky_model: str | None = None  # ONNX file of a segmentation network, for images without a sky mask
+    sky_class: int = 2  # its class for sky; 2 is that of ADE20K
     compile: bool = False  # torch.compile the teacher: slow at first
     verify: bool = False  # check every finished label shard first, and label broken ones again
     claim_timeout: float = 120.0  # seconds without a sign of life after which a shard is taken from its process
@@ -233,6 +237,10 @@ class PseudoLabelConfig(StageConfig):
         check(self.short_side is None or self.short_side > 0, "stage.short_side", self.short_side, "> 0 or null")
         check(self.batch_size > 0, "stage.batch_size", self.batch_size, "> 0")
         check(self.num_writers > 0, "stage.num_writers", self.num_writers, "> 0")
+        scales = "one of each, > 0, the first 1"
+        is_valid = self.scales[:1] == [1] and min(self.scales) > 0 and len(set(self.scales)) == len(self.scales)
+        check(is_valid, "stage.scales", self.scales, scales)
+        check(self.sky_class >= 0, "stage.sky_class", self.sky_class, ">= 0")
         check(self.claim_timeout > 0, "stage.claim_timeout", self.claim_timeout, "> 0 (seconds)")
 
 

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from torch.utils.data import DataLoader
 
 import depthkit
-from depthkit.bundle import load_model
+from depthkit.bundle import load_model, sha256
 from depthkit.config import ConfigError, PseudoLabelConfig, TrainConfig
 from depthkit.data.cache import ShardCache
 from depthkit.data.claims import Claims
@@ -32,6 +32,8 @@ from depthkit.data.manifest import LabelsOf, load_manifest
 from depthkit.data.quarantine import QuarantineBudgetExceeded
 from depthkit.data.remote import root_of
 from depthkit.data.shards import ShardReader
+from depthkit.ensembling import Views
+from depthkit.formats.sky import load_sky_model
 from depthkit.hydra_entry import hydra_main
 from depthkit.licences import stated_licences
 from depthkit.runtime.quiet import keep_back_noise
@@ -125,6 +127,7 @@ def label_in_this_process(config: TrainConfig, stage: PseudoLabelConfig) -> Path
     if facts.kind != "disparity":
         raise ConfigError(f"stage.bundle={stage.bundle} predicts {facts.kind}; pseudo-labels need a model of disparity")
     short_side, multiple = stage.short_side or facts.short_side, model.encoder.multiple
+    views = Views(stage.flip, tuple(stage.scales))
     size_rule = f"shorter side {short_side} px, aspect kept, sides multiples of {multiple}"
     origin = LabelsOf(
         images=reader.manifest.name,
@@ -133,8 +136,13 @@ def label_in_this_process(config: TrainConfig, stage: PseudoLabelConfig) -> Path
         resolution=f"{size_rule}; precision {config.trainer.precision}",
         code_version=depthkit.__version__,
         teacher_licences=stated_licences(facts.provenance),
+        views=str(views),
+        sky_model=f"sha256 {sha256(Path(stage.sky_model))}, class {stage.sky_class}" if stage.sky_model else "",
     )
-    module = PseudoLabelModule(model, mean=facts.mean, std=facts.std, compile=stage.compile)
+    find_sky = load_sky_model(Path(stage.sky_model), device_of(config), stage.sky_class) if stage.sky_model else None
+    module = PseudoLabelModule(
+        model, mean=facts.mean, std=facts.std, views=views, find_sky=find_sky, compile=stage.compile
+    )
     chunks = ImageChunks(reader, short_side=short_side, multiple=multiple)
     claims = Claims(Path(stage.out) / CLAIMS, timeout=stage.claim_timeout)
     shards = LabelShards(Path(stage.out), reader, origin, claims, max_rejected=config.data.quarantine_budget)
@@ -205,13 +213,19 @@ def verify(shards: LabelShards, num_threads: int) -> None:
     print(f"{shards.folder}: {num_good} of {len(finished)} finished label shards are whole")
 
 
+def device_of(config: TrainConfig) -> torch.device:
+    """The GPU of this process if it is to use one; else the CPU."""
+    has_gpus = config.trainer.accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
+    return torch.device("cuda", local_rank() % torch.cuda.device_count()) if has_gpus else torch.device("cpu")
+
+
 def build_trainer(config: TrainConfig, writer: WriteLabels) -> L.Trainer:
     """A trainer of this process alone, whatever else Slurm or torchrun started."""
     shows_progress = config.trainer.enable_progress_bar and local_rank() == 0
-    has_gpus = config.trainer.accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available()
+    device = device_of(config)
     return L.Trainer(
         accelerator=config.trainer.accelerator,
-        devices=[local_rank() % torch.cuda.device_count()] if has_gpus else 1,
+        devices=1 if device.index is None else [device.index],
         precision=config.trainer.precision,  # type: ignore[arg-type]
         plugins=[LightningEnvironment()],
         logger=False,

@@ -38,6 +38,7 @@ from depthkit.data.quarantine import Quarantine
 from depthkit.data.reader import label_path
 from depthkit.data.remote import shown
 from depthkit.data.shards import ShardReader
+from depthkit.data.uncertainty import Quality
 from depthkit.files import atomic_write
 from depthkit.types import Rejection
 
@@ -165,14 +166,16 @@ class LabelShards:
                     self._place(shard, labels)
         return True
 
-    def write(self, shard: int, index: int, disparity: np.ndarray) -> None:
+    def write(self, shard: int, index: int, disparity: np.ndarray, quality: Quality | None = None) -> None:
         """The label (H, W) of one image, from any thread. The last one of a shard puts the shard in place."""
         labels = self._open.get(shard)
         if labels is None:
             return
         png, facts = encode_disparity(disparity)
+        more_members, more_facts = ({}, {}) if quality is None else quality.encode()
+        members = {LABEL: png, **more_members, "json": json.dumps({**facts, **more_facts}).encode()}
         with naming(self.path(shard)):
-            if labels.add(index, {LABEL: png, "json": json.dumps(facts).encode()}):
+            if labels.add(index, members):
                 self._place(shard, labels)
 
     def abandon(self) -> None:

@@ -75,7 +75,8 @@ class Shard:
 class LabelsOf:
     """What a pseudo-label set was made from: the images (manifest name and digest), the teacher (hash of its bundle),
     the rule that sets the resolution the teacher saw, the version of the code, and the stated licence of each thing
-    that the teacher was made from (`licences.stated_licences`; None in label sets that did not record it yet)."""
+    that the teacher was made from (`licences.stated_licences`; None in label sets that did not record it yet). `views`
+    says over which views of an image a label is the mean, `sky_model` which network found the sky; empty for none."""
 
     images: str
     images_digest: str
@@ -83,6 +84,8 @@ class LabelsOf:
     resolution: str
     code_version: str
     teacher_licences: dict[str, str] | None = None
+    views: str = ""
+    sky_model: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

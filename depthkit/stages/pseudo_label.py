@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from depthkit.data.label_images import ImageGroup, LabelBatch
 from depthkit.data.labeling import LabelShards
+from depthkit.data.uncertainty import Quality
 from depthkit.data.windows import normalize
+from depthkit.ensembling import Views, combine, predict_views
 from depthkit.models import DepthModel
 
 MAX_BATCHES_BEHIND = 4
@@ -45,39 +48,69 @@ class Stopwatch:
 
 
 class Labels(NamedTuple):
-    """Disparity (n, H, W) float32 in the memory of the host, whole once `watch.wait()` returns."""
+    """Disparity (n, H, W) float32 in the memory of the host, whole once `watch.wait()` returns.
+
+    `uncertainty` (n, H, W) and `disagreement` (n,) are those of the ensemble, None for a single view.
+    """
 
     values: Tensor
     watch: Stopwatch
+    uncertainty: Tensor | None = None
+    disagreement: Tensor | None = None
 
 
 class PseudoLabelModule(L.LightningModule):
-    """Predicts disparity for batches of images. Sky, where it is known, is 0."""
+    """Predicts disparity for batches of images, the mean over `views`. Sky, where it is known, is 0.
+
+    `find_sky` gives sky masks (B, H, W) of images (B, 3, H, W) uint8, for images that came without one.
+    """
 
     def __init__(
-        self, model: DepthModel, *, mean: tuple[float, ...], std: tuple[float, ...], compile: bool = False
+        self,
+        model: DepthModel,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        views: Views,
+        find_sky: Callable[[Tensor], Tensor] | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.mean = mean
         self.std = std
+        self.views = views
+        self.find_sky = find_sky
         if compile:
             self.model.compile(dynamic=True)
 
     def predict_step(self, batch: LabelBatch, batch_idx: int) -> Labels:
         watch = Stopwatch(self.device)
-        values = self.model(normalize(batch.group.images, self.mean, self.std)).values.float()
-        if batch.group.sky is not None:
-            values = values.masked_fill(batch.group.sky, 0.0)
-        on_host = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
-        on_host.copy_(values, non_blocking=True)
+        images, sky = batch.group.images, batch.group.sky
+        if sky is None and self.find_sky is not None:
+            sky = self.find_sky(images)
+        values, quality = self._predict(normalize(images, self.mean, self.std), sky)
+        on_host = [_to_host(each) for each in (values, *quality)]
         watch.stop()
-        return Labels(on_host, watch)
+        return Labels(on_host[0], watch, *on_host[1:])
+
+    def _predict(self, images: Tensor, sky: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Values of normalised images and, for several views, their uncertainty and disagreement."""
+        found = predict_views(lambda seen: self.model(seen).values, images, self.views, self.model.encoder.multiple)
+        if len(found) > 1:
+            values, *quality = combine(found, torch.ones_like(found[0], dtype=torch.bool) if sky is None else ~sky)
+            return values, tuple(quality)
+        return found[0] if sky is None else found[0].masked_fill(sky, 0.0), ()
 
     def transfer_batch_to_device(self, batch: LabelBatch, device: torch.device, dataloader_idx: int) -> LabelBatch:
         indices, images, sky = batch.group
         moved = (None if each is None else _to_device(each, device) for each in (images, sky))
         return batch._replace(group=ImageGroup(indices, *moved))  # type: ignore[arg-type]
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    on_host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return on_host.copy_(tensor, non_blocking=True)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -125,7 +158,11 @@ class WriteLabels(BasePredictionWriter):
 
     def _write(self, labels: Labels, shard: int, row: int, index: int) -> None:
         labels.watch.wait()
-        self.shards.write(shard, index, labels.values[row].numpy())
+        if labels.uncertainty is None or labels.disagreement is None:
+            self.shards.write(shard, index, labels.values[row].numpy())
+            return
+        quality = Quality(labels.uncertainty[row].numpy(), float(labels.disagreement[row]))
+        self.shards.write(shard, index, labels.values[row].numpy(), quality)
 
     def _finish_oldest(self) -> None:
         watch, futures = self._behind.popleft()
