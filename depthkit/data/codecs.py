@@ -24,6 +24,10 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGB and alpha"}
 PGM_HEADER = re.compile(rb"P5" + rb"(?:\s|#[^\n]*\n)+(\d+)" * 3 + rb"\s")
 PFM_HEADER = re.compile(rb"Pf\s+(\d+)\s+(\d+)\s+(-?)[\d.eE+-]+\s")
+EXR_ATTRIBUTE = re.compile(rb"([^\0]{1,255})\0([^\0]{1,255})\0(.{4})", re.DOTALL)
+"""Name, type, and the number of bytes that follow, low byte first."""
+MAX_PIXELS_PER_BYTE = 1032
+"""Of an OpenEXR file: the most that its kinds of compression make of one byte."""
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -75,6 +79,7 @@ def read_npz(data: bytes) -> np.ndarray:
 
 def read_exr(data: bytes) -> np.ndarray:
     """(H, W) float32 from an OpenEXR file: its only channel, or the first of several that all hold the depth."""
+    _exr_size(data)
     stored = imdecode(data, cv2.IMREAD_UNCHANGED)
     if stored is None:
         raise SampleError("not a readable OpenEXR file, or cut off")
@@ -208,12 +213,32 @@ def _npz_member(data: bytes) -> bytes:
 
 
 def _exr_size(data: bytes) -> tuple[int, int]:
-    """From the attribute `dataWindow` of the header: four 32-bit integers, left, top, right, bottom, all inclusive."""
-    start = data.find(b"dataWindow\0box2i\0")
-    if not data.startswith(b"\x76\x2f\x31\x01") or start < 0 or len(data) < start + 37:
+    """From the attribute `dataWindow` of the header: four 32-bit integers, left, top, right, bottom, all inclusive.
+
+    OpenCV allocates whatever a damaged header asks for, so one that asks for more than the file can hold is refused.
+    """
+    window = _exr_attributes(data).get((b"dataWindow", b"box2i"), b"")
+    if len(window) != 16:
+        raise SampleError("OpenEXR header without a dataWindow")
+    left, top, right, bottom = struct.unpack("<4i", window)
+    height, width = bottom - top + 1, right - left + 1
+    if height < 1 or width < 1 or height * width > MAX_PIXELS_PER_BYTE * len(data):
+        raise SampleError(f"OpenEXR header says {height}x{width} pixels, the file holds {len(data)} bytes")
+    return height, width
+
+
+def _exr_attributes(data: bytes) -> dict[tuple[bytes, bytes], bytes]:
+    """Values by (name, type): the list after magic number and version, which ends with a zero byte."""
+    if not data.startswith(b"\x76\x2f\x31\x01"):
         raise SampleError(f"expected an OpenEXR file, found one that begins with {data[:8]!r}")
-    left, top, right, bottom = struct.unpack_from("<4i", data, start + 21)
-    return bottom - top + 1, right - left + 1
+    attributes, start = {}, 8
+    while data[start : start + 1] != b"\0":
+        attribute = EXR_ATTRIBUTE.match(data, start)
+        if attribute is None:
+            raise SampleError("OpenEXR header is cut off or damaged")
+        start = attribute.end() + int.from_bytes(attribute[3], "little")
+        attributes[attribute[1], attribute[2]] = data[attribute.end() : start]
+    return attributes
 
 
 def _npy_size(data: bytes) -> tuple[int, int]:

@@ -81,9 +81,21 @@ class _Labels(NamedTuple):
     facts: Mapping[str, Any]
 
     def fact(self, name: str) -> Any:
-        if name not in self.facts:
-            raise SampleError(f"the sample's facts lack {name!r}; they hold {', '.join(self.facts) or 'nothing'}")
-        return self.facts[name]
+        return number_fact(self.facts, name)
+
+
+def number_fact(facts: Mapping[str, Any], name: str) -> Any:
+    """The number that a sample's facts hold under `name`, of `intrinsics_px` the list of four; else SampleError."""
+    if name not in facts:
+        raise SampleError(f"the sample's facts lack {name!r}; they hold {', '.join(facts) or 'nothing'}")
+    try:
+        numbers = np.array(facts[name], np.float64)
+    except (TypeError, ValueError, OverflowError):
+        numbers = np.array(np.nan)
+    if numbers.shape != ((4,) if name == "intrinsics_px" else ()) or not np.isfinite(numbers).all():
+        wanted = "four numbers" if name == "intrinsics_px" else "a number"
+        raise SampleError(f"the sample's fact {name!r} is {str(facts[name])[:80]}, not {wanted}")
+    return numbers.tolist()
 
 
 def _depth_from_ray_distance(labels: _Labels) -> np.ndarray:
@@ -98,7 +110,7 @@ def _depth_from_stereo(labels: _Labels) -> np.ndarray:
         labels.values,
         focal_px=labels.fact("intrinsics_px")[0],
         baseline_m=labels.fact("baseline_m"),
-        doffs_px=labels.facts.get("doffs_px", 0.0),
+        doffs_px=labels.fact("doffs_px") if "doffs_px" in labels.facts else 0.0,
     )
 
 
@@ -203,4 +215,4 @@ def encode_disparity(disparity: np.ndarray) -> tuple[bytes, dict[str, float]]:
 def _decode_codes(codes: np.ndarray, facts: Mapping[str, Any]) -> np.ndarray:
     if not {"scale", "offset"} <= facts.keys():
         raise SampleError(f"16-bit disparity needs the facts 'scale' and 'offset', found {', '.join(facts) or 'none'}")
-    return (codes * (facts["scale"] / MAX_CODE) + facts["offset"]).astype(np.float32)
+    return (codes * (number_fact(facts, "scale") / MAX_CODE) + number_fact(facts, "offset")).astype(np.float32)

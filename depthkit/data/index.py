@@ -38,7 +38,7 @@ def load_index(tar: Path) -> ShardIndex:
     """
     stat = tar.stat()
     index = _read_index(index_path(tar), not_before_ns=stat.st_mtime_ns)
-    if index is not None and index.num_bytes == stat.st_size:
+    if index is not None and _fits(index, stat.st_size):
         return index
     index = scan_tar(tar)
     with suppress(OSError):  # a read-only data folder is normal; the index then lives as long as its reader
@@ -82,6 +82,20 @@ def _read_index(path: Path, *, not_before_ns: int) -> ShardIndex | None:
         return ShardIndex(**json.loads(path.read_bytes()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
+
+
+def _fits(index: ShardIndex, num_bytes: int) -> bool:
+    """Whether an index that was read can be that of a tar of this size: members lie inside, at whole blocks."""
+    try:
+        return index.num_bytes == num_bytes and all(
+            type(start) is type(size) is int
+            and start % tarfile.BLOCKSIZE == 0
+            and 0 <= size <= size + start <= num_bytes
+            for members in index.samples.values()
+            for start, size in members.values()
+        )
+    except (AttributeError, TypeError, ValueError):
+        return False
 
 
 def _has_end_mark(tar: Path, end: int) -> bool:
