@@ -1,20 +1,26 @@
-"""Damage to data sets: files with flipped bits and cut ends, JSON with values that do not belong there.
+"""Damage to data sets: files with flipped bits and cut ends, JSON with values that do not belong there; and commands
+that are killed.
 
 As a program it reads many damaged data sets and prints what went wrong in a way that no reader may: so a crash or a
 hang of the reader is seen by whoever started it.
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from handmade import grey_levels, write_dataset
 from test_codecs import bit_rotated, exr, npy, npz, save
 
@@ -208,6 +214,71 @@ def fuzz(folder: Path, first: int, last: int, kinds: list[str], *, timeout: floa
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["failures"] == {}
     return int(found["refused"])
+
+
+# --- commands that are killed ----------------------------------------------------------------------------------------
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["depthkit.train", "depthkit.label", "depthkit.data.pack"])
+Command = tuple[str, list[str]]
+"""Module and arguments of a verb."""
+
+
+def start(command: Command, log: Path) -> BaseProcess:
+    """Run a command in a process of its own, in the folder of `log`, where its output goes."""
+    process = FORKSERVER.Process(target=_run, args=(command, log))
+    process.start()
+    return process
+
+
+def _run(command: Command, log: Path) -> None:
+    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(log.parent)
+    torch.set_num_threads(1)  # the last bits of a result depend on it
+    sys.exit(import_module(command[0]).main(command[1]))
+
+
+def run_alone(command: Command, log: Path) -> tuple[int | None, float]:
+    """Exit code and seconds."""
+    begin = time.monotonic()
+    process = start(command, log)
+    process.join()
+    return process.exitcode, time.monotonic() - begin
+
+
+def run_with_kills(
+    command: Command,
+    log: Path,
+    *,
+    duration: float,
+    kills: int,
+    seed: int,
+    num_processes: int = 1,
+    exit_code: int = 0,
+) -> None:
+    """Run a command in several processes, kill one of them, or all, `kills` times at a random moment of the `duration`
+    that it takes undisturbed, start those again, and wait for the end."""
+    rng = np.random.default_rng(seed)
+    processes = [start(command, log) for _ in range(num_processes)]
+    for _ in range(kills):
+        time.sleep(rng.uniform(0, duration))
+        victims = range(num_processes) if rng.integers(3) == 0 else [rng.integers(num_processes)]
+        for victim in victims:
+            processes[victim].kill()
+        for victim in victims:
+            processes[victim].join()
+            processes[victim] = start(command, log)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [exit_code] * num_processes, log.read_text()[-3000:]
+
+
+def finished_files(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder but what a killed process may leave, whose names say so."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".tmp")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 if __name__ == "__main__":
