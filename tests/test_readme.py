@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
-BY_ARGPARSE = ("pack", "inspect", "predict", "import", "export")
+BY_ARGPARSE = ("pack", "inspect", "select", "predict", "import", "export")
 
 
 def commands(text: str) -> list[list[str]]:
