@@ -1,6 +1,5 @@
 """What a bundle says about its origin."""
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -73,12 +72,14 @@ def test_licences_of_a_teacher_pass_through_its_labels(tiny_config, tiny_labels,
 
 
 def test_labels_that_name_no_licence_of_their_teacher_are_read_and_unknown(tiny_config, tiny_labels, tmp_path):
-    """A label set from before the field: it reads, its digest is that of its text, and nothing is assumed."""
+    """A label set from before the field: it reads, its digest is that of one without a value, nothing is assumed."""
     content = json.loads(tiny_labels.read_text())
     content["labels_of"].pop("teacher_licences", None)
     (tmp_path / "old.json").write_text(json.dumps(content))
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    assert load_manifest(tmp_path / "old.json").digest() == hashlib.sha256(text.encode()).hexdigest()
+    content["labels_of"]["teacher_licences"] = None
+    (tmp_path / "empty.json").write_text(json.dumps(content))
+    assert load_manifest(tmp_path / "old.json").digest() == load_manifest(tmp_path / "empty.json").digest()
+    assert load_manifest(tmp_path / "old.json").digest() != load_manifest(tiny_labels).digest()
     config = tiny_config("student", tmp_path, f"data.unlabeled.target.labels={tmp_path / 'old.json'}")
     rows, teachers = provenance_of_data(config, ("labeled", "unlabeled"))
     assert teachers == {content["labels_of"]["teacher_sha256"]: {}}
