@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from depthkit import select
 from depthkit.data import inspect, pack
 from depthkit.data.manifest import Manifest, load_manifest
 from depthkit.evaluation import evaluate
@@ -110,3 +111,15 @@ def test_both_are_evaluated_on_the_sources_left_out(root, bundles, compose):
 
 def test_no_test_image_is_in_training(root):
     assert inspect.main([*map(str, sorted((root / "data" / "real").glob("*/manifest.json")))]) == 0
+
+
+def test_the_images_on_which_the_teacher_wavers_are_chosen_and_trained_on(root, bundles, settings):
+    quiet = ["stage.num_workers=0", "trainer.enable_progress_bar=false"]
+    labels = label(settings("tiny_real_label", "run_name=tiny_real_flip", "stage.flip=true", *quiet))
+    chosen = root / "data" / "real" / "hard.json"
+    assert select.main([f"labels={labels}", f"out={chosen}", "fraction=0.3"]) == 0
+    samples = json.loads(chosen.read_text())["samples"]
+    assert sum(map(len, samples.values())) == round(0.3 * load_manifest(labels).num_samples)
+    own = [f"data.unlabeled.photos.labels={labels}", f"data.unlabeled.photos.selection={chosen}"]
+    run(settings("tiny_real_student", "run_name=tiny_real_hard", *own, *FEW_STEPS))
+    assert (root / "runs" / "tiny_real_hard" / "bundle").is_dir()
