@@ -34,7 +34,7 @@ from depthkit.hydra_entry import hydra_main
 from depthkit.label import label
 from depthkit.licences import NOT_STATED, stated_licences
 from depthkit.models import DepthModel, PlainEncoder, build_encoder, build_model
-from depthkit.runtime.checkpoint import newest_checkpoint
+from depthkit.runtime.checkpoint import AtomicCheckpointIO, newest_checkpoint
 from depthkit.runtime.quarantine import QuarantineMonitor
 from depthkit.stages.base import DepthModule, val_name
 from depthkit.stages.pretrain import PretrainModule
@@ -174,6 +174,7 @@ def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Tra
             *(hydra.utils.instantiate(callback) for callback in config.callbacks.values()),
             *callbacks,
         ],
+        plugins=[AtomicCheckpointIO()],
         max_epochs=1,
         val_check_interval=interval * config.trainer.accumulate_grad_batches,
         check_val_every_n_epoch=None,

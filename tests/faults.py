@@ -135,6 +135,20 @@ def write_damaged(folder: Path, what: str, rng: np.random.Generator) -> tuple[Pa
     return path, form
 
 
+def stream(reader: DatasetReader) -> Stream:
+    """Crops of 16 x 16, one a step."""
+    return Stream(
+        "labeled",
+        [reader],
+        [1.0],
+        images_per_step=1,
+        crop_size=(16, 16),
+        augment=AugmentConfig(),
+        seed=0,
+        shuffle_block=4,
+    )
+
+
 def read_all(path: Path) -> list[str]:
     """Read a data set in every way that training and validation do. Problems of samples in their lists, as users get
     them; ValueError or FileNotFoundError when the data set as a whole cannot be used."""
@@ -147,18 +161,9 @@ def read_all(path: Path) -> list[str]:
         except ValueError as error:
             rejection = reader.rejection(0, index, error)  # type: ignore[arg-type]
             problems.append(f"{rejection.shard} {rejection.key}: {rejection.reason}")
-    stream = Stream(
-        "labeled",
-        [reader],
-        [1.0],
-        images_per_step=1,
-        crop_size=(16, 16),
-        augment=AugmentConfig(),
-        seed=0,
-        shuffle_block=4,
-    )
+    loader = stream(reader)
     for position in range(count):
-        sample, _ = stream.load(position)
+        sample, _ = loader.load(position)
         assert sample.image.shape == (16, 16, 3)
         assert np.isfinite(sample.target).all()
         problems += [f"{r.shard} {r.key}: {r.reason}" for r in sample.rejections]
@@ -236,6 +241,7 @@ def _run(command: Command, log: Path) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(log.parent)
+    multiprocessing.set_start_method("fork", force=True)  # as in a shell; here it would be the fork server
     torch.set_num_threads(1)  # the last bits of a result depend on it
     sys.exit(import_module(command[0]).main(command[1]))
 

@@ -1,8 +1,24 @@
-"""Finding the checkpoint to go on from."""
+"""Writing checkpoints whole, and finding the one to go on from."""
 
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from depthkit.files import atomic_write
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints get their name when they are on disk: Lightning's own copies them there, and leaves half of one on a
+    full disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(Path(path)) as file:
+            torch.save(checkpoint, file)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
