@@ -50,6 +50,13 @@ def test_damaged_files_are_read_around_or_refused_by_name(tmp_path: Path) -> Non
     assert fuzz(tmp_path, 0, 5, [*DAMAGED_FILES, *IMAGES, *labels()], timeout=120) > 30
 
 
+def test_a_number_in_a_manifest_that_no_float_holds(tmp_path: Path) -> None:
+    manifest = write_samples(tmp_path, "png16", "jpg", {})
+    manifest.write_text(manifest.read_text().replace('"scale": 1000.0', f'"scale": {10**400}'))
+    with pytest.raises(ValueError, match=rf"{manifest}: target.scale"):
+        read_all(manifest)
+
+
 def test_inspect_finds_a_flipped_bit_that_still_decodes(tmp_path: Path) -> None:
     manifest = write_samples(tmp_path, "png16", "jpg", {})
     tar = tmp_path / "train-000000.tar"

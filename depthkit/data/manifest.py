@@ -7,6 +7,7 @@ unknown, missing or wrong-typed key is an error that names the file, the key and
 import json
 import math
 import re
+import sys
 from collections import Counter
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
@@ -168,7 +169,7 @@ def parse(expected: Any, value: Any, key: str) -> Any:
         }
     if origin is Literal and value in arguments:
         return value
-    if expected is float and type(value) in (int, float):
+    if expected is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if type(value) is expected:
         return value
