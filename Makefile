@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 seed ?= 0
 out ?= runs/demo
 scale ?=
+# Test processes, of one thread each: the models are tiny.
+workers ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast lint format types wheel clean
@@ -25,10 +27,10 @@ demo: setup  ## Run the whole recipe on a small procedural world (about 5 minute
 	$(BIN)/depthkit demo seed=$(seed) out=$(out)$(if $(scale), scale=$(scale))
 
 test: setup  ## Run all tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(workers)
 
 test-fast: setup  ## Run the tests that take no more than a few seconds
-	$(BIN)/python -m pytest -q -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(workers) -m 'not slow'
 
 lint: setup  ## Check style
 	$(BIN)/ruff check .
