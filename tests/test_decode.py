@@ -344,3 +344,12 @@ def test_every_real_image(samples_dir: Path) -> None:
         decoded = decode_image(path.read_bytes())
         assert image_size(path.read_bytes()) == decoded.shape[:2] == expected.shape[:2]
         assert np.abs(decoded.astype(np.int16) - expected).max() <= (0 if path.suffix in (".png", ".ppm") else 8)
+
+
+@pytest.mark.parametrize("scale", ["many", {}, [1], None, 10**400, float("nan")])
+def test_facts_of_a_wrong_type_reject_the_sample(scale: object) -> None:
+    """`KEY.json` is a file like others: what stands there may be anything."""
+    png, facts = encode_disparity(np.array([[0.5, 1.0], [2.0, 4.0]], np.float32))
+    spec = TargetSpec(quantity="disparity", codec="png16", extension="disparity.png", metric=False)
+    with pytest.raises(SampleError, match="scale"):
+        decode_target(png, spec, facts | {"scale": scale}, "disparity")
