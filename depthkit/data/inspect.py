@@ -1,6 +1,7 @@
 """`depthkit inspect`: does a data set hold what its manifest says, and do the labels look as stated?"""
 
 import argparse
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -153,7 +154,9 @@ def _look(tasks: Sequence[Task], num_workers: int, *, progress: bool) -> dict[tu
         total = sum(task.data.manifest.num_samples for task in tasks)
         advance = stack.enter_context(images_progress("inspecting", total, shown=progress))
         if num_workers > 1 and len(tasks) > 1:
-            pool = stack.enter_context(ProcessPoolExecutor(num_workers))
+            # Not forked: a child of a process in which OpenCV has threads waits for them forever.
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(num_workers, mp_context=context))
             stack.callback(pool.shutdown, cancel_futures=True)
             futures = as_completed([pool.submit(look_at_shard, task) for task in tasks])
             done: Iterable[ShardReport] = (future.result() for future in futures)
