@@ -97,13 +97,14 @@ def write_files(folder: Path, sources: list[Source], size: tuple[int, int]) -> N
             for name, data in (("jpg", jpg), ("depth.png", depth), ("disparity.png", png)):
                 (folder / f"{key}.{name}").write_bytes(data)
     images = save(folder / "images.json", DEPTH, writer, labels_of=None)
-    with ShardWriter(folder / "labels.tar") as writer:
+    (folder / "labels").mkdir()
+    with ShardWriter(folder / "labels" / "images.tar") as writer:
         for key, members in labels.items():
             writer.add(key, members)
     teacher = LabelsOf(
         images=images.name, images_digest=images.digest(), teacher_sha256="", resolution="", code_version=""
     )
-    save(folder / "labels.json", PSEUDO_LABEL, writer, labels_of=teacher)
+    save(folder / "labels" / "labels.json", PSEUDO_LABEL, writer, labels_of=teacher)
 
 
 def encode(source: Source, size: tuple[int, int], generator: np.random.Generator) -> tuple[bytes, bytes]:
@@ -228,7 +229,7 @@ LABEL_FILES = {"labeled": "depth.png", "unlabeled": "disparity.png"}
 
 def our_batches(folder: Path, stream: str, batch_size: int) -> Iterator[Any]:
     """Endless normalised batches of one stream, on the way that training takes."""
-    labels = str(folder / "labels.json") if stream == "unlabeled" else None
+    labels = str(folder / "labels" / "labels.json") if stream == "unlabeled" else None
     datasets = {"benchmark": DatasetConfig(manifest=str(folder / "images.json"), labels=labels)}
     groups: dict[str, Any] = {stream: datasets}
     config = DataConfig(**groups, crop_size=[CROP, CROP], batch_size=batch_size, num_workers=0, augment=PERTURBED)
