@@ -1,11 +1,10 @@
 """`depthkit inspect`: does a data set hold what its manifest says, and do the labels look as stated?"""
 
 import argparse
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from depthkit.data.inspection.findings import Findings, Inspection, facts
 from depthkit.data.inspection.look import DataSet, ShardReport, Task, look_at_shard
 from depthkit.data.manifest import Manifest, load_manifest
 from depthkit.data.procedural.pack import images_progress
+from depthkit.data.workers import worker_pool
 
 DESCRIPTION = """\
 Check data sets before training on them: size and sha256 of every shard, the number of samples, and an evenly spread
@@ -154,9 +154,7 @@ def _look(tasks: Sequence[Task], num_workers: int, *, progress: bool) -> dict[tu
         total = sum(task.data.manifest.num_samples for task in tasks)
         advance = stack.enter_context(images_progress("inspecting", total, shown=progress))
         if num_workers > 1 and len(tasks) > 1:
-            # Not forked: a child of a process in which OpenCV has threads waits for them forever.
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(num_workers, mp_context=context))
+            pool = stack.enter_context(worker_pool(num_workers))
             stack.callback(pool.shutdown, cancel_futures=True)
             futures = as_completed([pool.submit(look_at_shard, task) for task in tasks])
             done: Iterable[ShardReport] = (future.result() for future in futures)

@@ -7,10 +7,8 @@ there. So a run that was killed is simply started again, and its output is that 
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -29,6 +27,7 @@ from depthkit.data.own_data import read_input
 from depthkit.data.pack_shard import Record, ShardTask, forget, pack_shard
 from depthkit.data.pairs import PairSet, PairStream
 from depthkit.data.rows import QUANTITIES
+from depthkit.data.workers import worker_pool
 from depthkit.files import atomic_write
 
 DESCRIPTION = """\
@@ -107,7 +106,7 @@ def pack(
         for name in [name for name in unfinished if name not in unplanned and len(records[name]) == len(names[name])]:
             _finish(unfinished.pop(name), splits[name], out, names[name], records[name])
 
-    with ProcessPoolExecutor(num_workers, initializer=_exit_with_parent) as pool, ExitStack() as stack:
+    with worker_pool(num_workers) as pool, ExitStack() as stack:
         stack.callback(pool.shutdown, cancel_futures=True)
         progress = stack.enter_context(_progress())
         bar = progress.add_task("packing", total=_expected(sets), rate="")
@@ -199,18 +198,6 @@ def _splits(sets: list[PairSet], **named: list[str]) -> dict[str, str]:
                 raise ValueError(f"--{split}-sources: {name!r} is {known}")
             splits[name] = split
     return splits
-
-
-def _exit_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next task forever."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _progress() -> Progress:

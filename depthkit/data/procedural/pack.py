@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.text import Text
 
 from depthkit.data.manifest import Manifest, Shard, TargetSpec, load_manifest, save_manifest
 from depthkit.data.procedural.world import DOMAINS, Frame, render_clip
+from depthkit.data.workers import worker_pool
 from depthkit.data.writer import ShardWriter
 
 VERSION = 1
@@ -103,9 +103,7 @@ def write_shards(root: Path, spec: WorldSpec, *, progress: bool) -> tuple[Shard,
                 shards.append(write_shard(root, spec, number))
                 advance(shards[-1].num_samples)
             return tuple(shards)
-        # A forked child would inherit the locks of whatever threads the caller runs.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=cv2.setNumThreads, initargs=(1,))
+        pool = worker_pool(num_workers)
         try:
             futures = [pool.submit(write_shard, root, spec, number) for number in range(spec.num_shards)]
             for future in as_completed(futures):
