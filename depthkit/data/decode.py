@@ -4,6 +4,7 @@ Every quantity a data set may hold becomes `disparity` or `depth` here and nowhe
 """
 
 import io
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -82,6 +83,17 @@ class _Labels(NamedTuple):
 
     def fact(self, name: str) -> Any:
         return number_fact(self.facts, name)
+
+
+def read_facts(members: Mapping[str, bytes]) -> dict[str, Any]:
+    """The sample's `KEY.json`, empty when there is none; SampleError when it is not a JSON object."""
+    try:
+        facts = json.loads(members.get("json", b"{}"))
+    except ValueError as error:
+        raise SampleError(f"KEY.json is not JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise SampleError(f"KEY.json holds {type(facts).__name__}, not an object of facts")
+    return facts
 
 
 def number_fact(facts: Mapping[str, Any], name: str) -> Any:

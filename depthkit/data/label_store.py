@@ -13,11 +13,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from depthkit.data.decode import decode_target
+from depthkit.data.decode import decode_target, read_facts
 from depthkit.data.index import index_path, load_index
 from depthkit.data.manifest import Shard, TargetSpec
 from depthkit.data.quarantine import SampleError
-from depthkit.data.reader import read_facts
 from depthkit.data.shards import ShardReader, verify_shard
 from depthkit.data.writer import ShardWriter, describe_shard
 from depthkit.files import atomic_write

@@ -1,18 +1,16 @@
 """One data set as training and validation see it: shards, their labels, and the choices of `DatasetConfig`."""
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from depthkit.config import ConfigError, DatasetConfig
 from depthkit.data.cache import ShardCache
-from depthkit.data.decode import decode_image, decode_target, image_size, target_size
+from depthkit.data.decode import decode_image, decode_target, image_size, read_facts, target_size
 from depthkit.data.manifest import Manifest, TargetSpec, load_manifest
 from depthkit.data.quarantine import SampleError
 from depthkit.data.remote import is_remote, root_of, shown
@@ -120,17 +118,6 @@ class DatasetReader:
         if label.key != raw.key:
             raise SampleError(f"the pseudo-label at this place is of {label.key!r}; label the shard again")
         return label
-
-
-def read_facts(members: Mapping[str, bytes]) -> dict[str, Any]:
-    """The sample's `KEY.json`, empty when there is none; SampleError when it is not a JSON object."""
-    try:
-        facts = json.loads(members.get("json", b"{}"))
-    except ValueError as error:
-        raise SampleError(f"KEY.json is not JSON: {error}") from error
-    if not isinstance(facts, dict):
-        raise SampleError(f"KEY.json holds {type(facts).__name__}, not an object of facts")
-    return facts
 
 
 def check_same_view(label_size: tuple[int, int], image_size: tuple[int, int]) -> None:

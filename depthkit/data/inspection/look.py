@@ -1,6 +1,5 @@
 """Looking at one shard, in a worker process: is it the one of the manifest, and what do some of its samples hold?"""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from depthkit.data.decode import decode_image, decode_target, image_size, target_size
+from depthkit.data.decode import decode_image, decode_target, image_size, read_facts, target_size
 from depthkit.data.inspection.duplicates import perceptual_hash
 from depthkit.data.inspection.planes import Votes, plane_votes
 from depthkit.data.manifest import Manifest, TargetSpec
@@ -139,7 +138,7 @@ def _look_at(look: Look, task: Task, reader: ShardReader, report: ShardReport) -
         look.image_size = image_size(image_member(paired_image(images, 0, look).members))
     if target is None:
         return
-    facts = read_facts(raw)
+    facts = checked_facts(raw)
     look.is_rejected = "rejected" in facts and target.extension not in raw.members
     if look.is_rejected:
         return
@@ -162,10 +161,8 @@ def paired_image(images: DataSet, shard: int, look: Look) -> RawSample:
     return raw
 
 
-def read_facts(raw: RawSample) -> dict[str, Any]:
-    facts = json.loads(raw.members.get("json", b"{}"))
-    if not isinstance(facts, dict):
-        raise SampleError(f"KEY.json holds {type(facts).__name__}, not an object of facts")
+def checked_facts(raw: RawSample) -> dict[str, Any]:
+    facts = read_facts(raw.members)
     intrinsics = facts.get("intrinsics_px", [1, 1, 0, 0])
     if not isinstance(intrinsics, list) or [type(n) in (int, float) for n in intrinsics] != [True] * 4:
         raise SampleError(f"KEY.json: intrinsics_px is {intrinsics!r}, not [fx, fy, cx, cy]")
@@ -174,7 +171,7 @@ def read_facts(raw: RawSample) -> dict[str, Any]:
 
 def read_label(raw: RawSample, target: TargetSpec) -> Label:
     """Decode a label with everything that its quantity needs; SampleError says what is missing."""
-    facts = read_facts(raw)
+    facts = checked_facts(raw)
     if target.extension not in raw.members:
         raise SampleError(f"no member {target.extension!r}, only {', '.join(raw.members)}")
     if target.quantity == "stereo_disparity_px" and target.metric:
