@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from rich.console import Console
 
-from depthkit.config import CONF_DIR, DemoConfig, TrainConfig, register_schemas, to_config
+from depthkit.compose import register_schemas, to_config
+from depthkit.config import CONF_DIR, DemoConfig, TrainConfig
 from depthkit.data.datamodule import render_missing
 from depthkit.evaluation.evaluate import evaluate
 from depthkit.evaluation.protocols import protocol_id

@@ -10,7 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from depthkit.config import CONF_DIR, register_schemas, to_config
+from depthkit.compose import register_schemas, to_config
+from depthkit.config import CONF_DIR
 from depthkit.data.quarantine import QuarantineBudgetExceeded
 from depthkit.runtime.quiet import keep_back_noise
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import hydra
 
 from depthkit.bundle import BundleFacts, save_bundle
-from depthkit.config import CONF_DIR, TrainConfig, register_schemas, to_config
+from depthkit.compose import register_schemas, to_config
+from depthkit.config import CONF_DIR, TrainConfig
 from depthkit.data.manifest import load_manifest, save_manifest
 from depthkit.data.procedural import WorldSpec, write_world
 from depthkit.label import label

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from depthkit.bundle import BundleFacts, load_model, save_bundle
-from depthkit.config import CONF_DIR, register_schemas, to_config
+from depthkit.compose import register_schemas, to_config
+from depthkit.config import CONF_DIR
 from depthkit.data.decode import PNG_OPTIONS, decode_target, encode_disparity
 from depthkit.data.label_store import TARGET
 from depthkit.data.manifest import load_manifest

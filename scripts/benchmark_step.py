@@ -15,7 +15,8 @@ from pathlib import Path
 import hydra
 import torch
 
-from depthkit.config import CONF_DIR, TrainConfig, register_schemas, to_config
+from depthkit.compose import register_schemas, to_config
+from depthkit.config import CONF_DIR, TrainConfig
 from depthkit.data.datamodule import render_missing
 from depthkit.label import label
 from depthkit.train import fit

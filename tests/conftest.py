@@ -9,7 +9,8 @@ import hydra
 import pytest
 from hydra import initialize_config_dir
 
-from depthkit.config import CONF_DIR, TrainConfig, register_schemas, to_config
+from depthkit.compose import register_schemas, to_config
+from depthkit.config import CONF_DIR, TrainConfig
 
 Compose = Callable[..., Any]
 

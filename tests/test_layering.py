@@ -73,7 +73,7 @@ def test_mathematics_is_torch_and_numpy(module):
 
 def test_config_knows_nothing_of_ours():
     assert ours("depthkit.config") == set()
-    assert theirs("depthkit.config") == {"hydra", "omegaconf"}
+    assert theirs("depthkit.config") == {"omegaconf"}
 
 
 @pytest.mark.parametrize("module", within("depthkit.models"))

@@ -9,7 +9,8 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from torch import Tensor
 
-from depthkit.config import CONF_DIR, METRIC_NAMES, Alignment, DepthUnit, ProtocolConfig, register_schemas, to_config
+from depthkit.compose import register_schemas, to_config
+from depthkit.config import CONF_DIR, METRIC_NAMES, Alignment, DepthUnit, ProtocolConfig
 from depthkit.evaluation.protocols import compare, protocol_id, score
 from depthkit.metrics import METRICS
 

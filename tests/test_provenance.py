@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from depthkit.bundle import WEIGHTS, read_facts
 from depthkit.data.manifest import load_manifest, save_manifest
 from depthkit.licences import derived_licence, stated_licences
-from depthkit.train import provenance_of_data, provenance_of_encoder, run
+from depthkit.provenance import provenance_of_data, provenance_of_encoder
+from depthkit.train import run
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,45 @@
+"""The Trainer of a run: strategy, precision, callbacks and loggers from the settings."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import hydra
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import Logger
+from omegaconf import OmegaConf
+
+from depthkit.config import TrainConfig
+from depthkit.runtime.checkpoint import AtomicCheckpointIO
+from depthkit.runtime.quarantine import QuarantineMonitor
+
+
+def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    """The Trainer of the config. Steps are its only clock: one "epoch" is the whole run."""
+    run_dir = Path(config.run_dir)
+    loggers: list[Logger] = [hydra.utils.instantiate(logger) for logger in config.logger.values()]
+    settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    for logger in loggers:
+        logger.log_hyperparams(settings)  # type: ignore[arg-type]
+    arguments = asdict(config.trainer)
+    interval = arguments.pop("val_check_interval") or config.trainer.max_steps + 1
+    arguments.pop("limit_val_batches")  # counted in images per data set, by the data module
+    return hydra.utils.instantiate(
+        arguments,
+        _convert_="all",
+        logger=loggers,
+        callbacks=[
+            QuarantineMonitor(run_dir / "quarantine", max_fraction=config.data.quarantine_budget),
+            *([RichProgressBar(leave=True)] if config.trainer.enable_progress_bar else []),
+            *(hydra.utils.instantiate(callback) for callback in config.callbacks.values()),
+            *callbacks,
+        ],
+        plugins=[AtomicCheckpointIO()],
+        max_epochs=1,
+        val_check_interval=interval * config.trainer.accumulate_grad_batches,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        default_root_dir=run_dir,
+    )
