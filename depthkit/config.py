@@ -331,13 +331,19 @@ class EvaluateConfig:
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """Arguments of `lightning.Trainer`; refused when misspelt."""
+    """Arguments of `lightning.Trainer`, and how the model runs on the devices; refused when misspelt."""
 
     _target_: str = "lightning.Trainer"
     accelerator: str = "cpu"
     devices: int = 1  # processes per node
     num_nodes: int = 1
-    strategy: str = "auto"
+    strategy: str = "auto"  # auto | ddp | deepspeed
+    zero_stage: int = 2  # 1 | 2 | 3, with strategy=deepspeed: what is split over the ranks
+    offload: bool = False  # with strategy=deepspeed: optimizer state in host memory, with zero_stage=3 weights too
+    deepspeed_config: str | None = None  # path of a DeepSpeed JSON, in the place of zero_stage and offload
+    activation_checkpointing: bool = False  # compute encoder blocks again in the backward pass: less memory
+    compile: bool = False  # torch.compile the model: slow at first
+    channels_last: bool = False  # memory format of the decoder
     precision: str = "32-true"
     max_steps: int = -1  # optimizer steps; -1 = from `sweeps`
     accumulate_grad_batches: int = 1

@@ -24,6 +24,8 @@ def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Tra
         logger.log_hyperparams(settings)  # type: ignore[arg-type]
     arguments = asdict(config.trainer)
     interval = arguments.pop("val_check_interval") or config.trainer.max_steps + 1
+    for name in ("zero_stage", "offload", "deepspeed_config", "activation_checkpointing", "compile", "channels_last"):
+        arguments.pop(name)
     arguments.pop("limit_val_batches")  # counted in images per data set, by the data module
     return hydra.utils.instantiate(
         arguments,

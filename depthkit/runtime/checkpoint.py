@@ -5,8 +5,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from depthkit.files import atomic_write
 
@@ -19,6 +21,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(path)) as file:
             torch.save(checkpoint, file)
+
+
+def save_now(trainer: L.Trainer) -> Path:
+    """A checkpoint of this step in the run's folder, where `newest_checkpoint` finds it. Every rank calls it."""
+    callback = trainer.checkpoint_callback
+    assert isinstance(callback, ModelCheckpoint)
+    path = Path(str(callback.dirpath)) / f"{trainer.global_step:08d}.ckpt"
+    if not trainer.strategy.broadcast(path.exists()):
+        trainer.save_checkpoint(path)
+    return path
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
