@@ -13,12 +13,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from depthkit.config import PathsConfig
+from depthkit.data.cache import ShardCache
 from depthkit.data.inspection.contradictions import NUM_EXAMPLES, contradictions, doubts
 from depthkit.data.inspection.duplicates import Pictures, find_duplicates
 from depthkit.data.inspection.findings import Findings, Inspection, facts
 from depthkit.data.inspection.look import DataSet, ShardReport, Task, look_at_shard
 from depthkit.data.manifest import Manifest, load_manifest
 from depthkit.data.procedural.pack import images_progress
+from depthkit.data.remote import is_remote, shown
 from depthkit.data.workers import worker_pool
 
 DESCRIPTION = """\
@@ -40,15 +43,20 @@ NUM_LEAKS = 20  # named on the terminal
 def main(argv: list[str]) -> int:
     """Inspect the manifests of the command line; returns the exit code that `--help` describes."""
     args = _parse_arguments(argv)
-    paths = list({path.resolve(): path for path in args.manifests}.values())
+    paths = list({path if isinstance(path, str) else path.resolve(): path for path in args.manifests}.values())
     inspection = inspect(
-        paths, num_samples=args.samples, num_workers=args.workers, hash_all=args.all, progress=sys.stderr.isatty()
+        paths,
+        num_samples=args.samples,
+        num_workers=args.workers,
+        hash_all=args.all,
+        cache=args.cache,
+        progress=sys.stderr.isatty(),
     )
     Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(_table(inspection.findings))
     for found in inspection.findings:
         for warning in found.warnings:
-            print(f"{found.path}: warning: {warning}")
-    problems = [f"{found.path}: {problem}" for found in inspection.findings for problem in found.problems]
+            print(f"{found.name}: warning: {warning}")
+    problems = [f"{found.name}: {problem}" for found in inspection.findings for problem in found.problems]
     print("\n".join(problems), end="\n" if problems else "", file=sys.stderr)
     if args.html:
         from depthkit.data.inspection.page import write_page
@@ -58,10 +66,16 @@ def main(argv: list[str]) -> int:
 
 
 def inspect(
-    paths: Sequence[Path], *, num_samples: int, num_workers: int = 1, hash_all: bool = False, progress: bool = False
+    paths: Sequence[Path | str],
+    *,
+    num_samples: int,
+    num_workers: int = 1,
+    hash_all: bool = False,
+    cache: ShardCache | None = None,
+    progress: bool = False,
 ) -> Inspection:
     """Check data sets; `num_samples` samples of each, evenly spread, are decoded. Problems are listed, not raised."""
-    findings = [_open(path) for path in paths]
+    findings = [_open(path, cache or ShardCache()) for path in paths]
     _find_images(findings)
     sets = [found.data for found in findings if found.data and found.data.manifest.shards]
     tasks = [task for data in sets for task in _tasks(data, num_samples, hash_all=hash_all)]
@@ -96,10 +110,10 @@ def spread(manifest: Manifest, num_samples: int) -> Iterator[tuple[int, int]]:
         yield shard, int(position - ends[shard] + manifest.shards[shard].num_samples)
 
 
-def _open(path: Path) -> Findings:
+def _open(path: Path | str, cache: ShardCache) -> Findings:
     found = Findings(path=path)
     try:
-        found.data = DataSet(manifest=load_manifest(path), path=path)
+        found.data = DataSet(manifest=load_manifest(path), path=path, cache=cache)
     except (OSError, ValueError) as error:
         found.problems.append(str(error))
     return found
@@ -116,13 +130,13 @@ def _find_images(findings: Sequence[Findings]) -> None:
         images = sets.get(origin.images_digest)
         if images is None and namesakes:
             found.problems.append(
-                f"labels {origin.images!r} with digest {origin.images_digest[:12]}, but {namesakes[0].path} has digest "
-                f"{namesakes[0].manifest.digest()[:12]}: label these images, or name the right manifest"
+                f"labels {origin.images!r} with digest {origin.images_digest[:12]}, but {shown(namesakes[0].path)} has "
+                f"digest {namesakes[0].manifest.digest()[:12]}: label these images, or name the right manifest"
             )
         elif images is None:
             found.warnings.append("the labels alone were looked at; give the manifest of their images as well")
         elif len(images.manifest.shards) != len(found.data.manifest.shards):
-            found.problems.append(f"its shards do not belong one for one to those of {images.path}: label again")
+            found.problems.append(f"its shards do not belong one for one to those of {shown(images.path)}: label again")
         else:
             found.data = replace(found.data, images=images)
 
@@ -147,7 +161,7 @@ def _tasks(data: DataSet, num_samples: int, *, hash_all: bool) -> Iterator[Task]
         )
 
 
-def _look(tasks: Sequence[Task], num_workers: int, *, progress: bool) -> dict[tuple[Path, int], ShardReport]:
+def _look(tasks: Sequence[Task], num_workers: int, *, progress: bool) -> dict[tuple[Path | str, int], ShardReport]:
     """The report of every task by manifest and shard, made by `num_workers` processes."""
     reports = {}
     with ExitStack() as stack:
@@ -185,22 +199,35 @@ def _table(findings: Sequence[Findings]) -> Table:
     for found in findings:
         verdict = f"[red]{len(found.problems)} problem(s)" if found.problems else "[green]as stated"
         if found.data is None:
-            table.add_row(str(found.path), "", *[""] * len(columns), verdict)
+            table.add_row(found.name, "", *[""] * len(columns), verdict)
         else:
             manifest = found.data.manifest
             table.add_row(manifest.name, manifest.split, *facts(found).values(), verdict)
     return table
 
 
+def _location(text: str) -> Path | str:
+    return text if is_remote(text) else Path(text)
+
+
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "depthkit inspect", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="manifest.json of a data set")
+    parser.add_argument(
+        "manifests", nargs="+", type=_location, metavar="MANIFEST", help="manifest.json of a data set, or its URL"
+    )
     parser.add_argument(
         "--samples", type=int, default=200, metavar="N", help="samples to decode per data set; default: %(default)s"
     )
     parser.add_argument("--all", action="store_true", help="look for duplicates among all images, not the decoded ones")
+    parser.add_argument(
+        "--cache",
+        type=lambda folder: ShardCache(PathsConfig(cache=folder)),
+        default=ShardCache(),
+        metavar="DIR",
+        help=f"folder for copies of remote shards, paths.cache in training; default: {PathsConfig.cache}",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures to look at")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes; default: all cores"

@@ -10,6 +10,7 @@ from depthkit.data.inspection.contradictions import percentiles
 from depthkit.data.inspection.duplicates import BITS, Duplicates, Match, Pictures
 from depthkit.data.inspection.look import DataSet, Look
 from depthkit.data.manifest import Manifest
+from depthkit.data.remote import shown
 from depthkit.types import Kind
 
 DENSE, HALF = 0.98, 0.5  # share of valid pixels
@@ -21,12 +22,17 @@ IN_LINES = 3.0  # times as many neighbours beside a pixel as above and below it
 class Findings:
     """What was seen in one data set. Problems are reasons not to use it as it is, warnings reasons to look."""
 
-    path: Path
+    path: Path | str
     data: DataSet | None = None
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
     pictures: Pictures = field(default_factory=Pictures)
+
+    @property
+    def name(self) -> str:
+        """Path or URL of the manifest, for messages."""
+        return shown(self.path)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -55,7 +61,7 @@ class Inspection:
     def describe(self, match: Match) -> str:
         """Key of the second image of a match, and what it looks like; a manifest is named where it is another one."""
         (first, number), (second, other) = match.first, match.second
-        file = f"{self.findings[first].path}: " if first != second else ""
+        file = f"{self.findings[first].name}: " if first != second else ""
         relation = "looks the same as" if match.distance == 0 else "looks nearly the same as"
         distance = f"(distance {match.distance} of {BITS})"
         return f"{self.key(second, other)} {relation} {file}{self.key(first, number)} {distance}"
@@ -65,7 +71,10 @@ class Inspection:
         found = self.findings[number]
         assert found.data is not None
         shard, sample = found.pictures.places[picture].tolist()
-        return found.data.reader().keys(shard)[sample]
+        try:
+            return found.data.reader().keys(shard)[sample]
+        except (OSError, ValueError):  # it could be read a moment ago
+            return f"sample {sample} of {found.data.manifest.shards[shard].path}"
 
 
 def label_kind(manifest: Manifest) -> Kind:

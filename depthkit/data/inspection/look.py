@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from depthkit.data.cache import ShardCache
 from depthkit.data.decode import decode_image, decode_target, image_size, read_facts, target_size
 from depthkit.data.inspection.duplicates import perceptual_hash
 from depthkit.data.inspection.planes import Votes, plane_votes
 from depthkit.data.manifest import Manifest, TargetSpec
 from depthkit.data.quarantine import SampleError
+from depthkit.data.remote import root_of
 from depthkit.data.shards import RawSample, ShardReader, image_member, verify_shard
 
 ASPECT_TOLERANCE = 0.02
@@ -23,15 +25,19 @@ HASH_SIDE = 128  # pixels of the shorter side that a hash needs, so JPEGs are de
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """A data set to look at: its manifest, the file that it is, and for pseudo-labels the data set of the images."""
+    """A data set to look at: its manifest, where that lies, and for pseudo-labels the data set of the images.
+
+    Remote shards are read from `cache`.
+    """
 
     manifest: Manifest
-    path: Path
+    path: Path | str
+    cache: ShardCache
     images: "DataSet | None" = None
 
     def reader(self) -> ShardReader:
         """One that also reads samples whose label is missing."""
-        return ShardReader(replace(self.manifest, target=None), self.path.parent)
+        return ShardReader(replace(self.manifest, target=None), root_of(self.path), self.cache)
 
     def only_shard(self, number: int) -> "DataSet":
         """The same with one shard alone, to send to another process: a manifest may list a hundred thousand."""
@@ -104,7 +110,7 @@ def look_at_shard(task: Task) -> ShardReport:
     report = ShardReport(task=task)
     (shard,) = task.data.manifest.shards
     try:
-        verify_shard(task.data.path.parent, shard)
+        verify_shard(root_of(task.data.path), shard, task.data.cache)
         reader = task.data.reader()
         keys = reader.keys(0)  # opening a shard compares the number of samples
     except Exception as error:

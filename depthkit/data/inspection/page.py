@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import cv2
@@ -56,9 +56,10 @@ def write_page(inspection: Inspection, path: Path) -> None:
 
 def _section(found: Findings, number: int) -> dict[str, Any]:
     """What the template needs to know of one data set."""
-    section = {"id": f"set{number}", "path": found.path, "problems": found.problems, "warnings": found.warnings}
+    section = {"id": f"set{number}", "path": found.name, "problems": found.problems, "warnings": found.warnings}
     if found.data is None:
-        return section | {"name": found.path.parent.name, "seen": {}, "stated": {}, "histogram": None, "samples": []}
+        name = PurePath(found.name).parent.name
+        return section | {"name": name, "seen": {}, "stated": {}, "histogram": None, "samples": []}
     manifest = found.data.manifest
     return section | {
         "name": manifest.name,
@@ -189,7 +190,7 @@ def _small_label(label: Label) -> Label:
 
 
 def _leak(inspection: Inspection, match: Match) -> str:
-    return f"{inspection.findings[match.second[0]].path}: {inspection.describe(match)}"
+    return f"{inspection.findings[match.second[0]].name}: {inspection.describe(match)}"
 
 
 def _image_of(inspection: Inspection, image: tuple[int, int]) -> str:
