@@ -22,11 +22,15 @@ from depthkit.config import (
     TrainConfig,
     TrainerConfig,
 )
+from depthkit.planning.settings import ClusterConfig, PlanConfig
+from depthkit.sweeps.settings import SearchConfig
 
 SCHEMAS: dict[tuple[str | None, str], type] = {
     (None, "base_train"): TrainConfig,
     (None, "base_evaluate"): EvaluateConfig,
     (None, "base_demo"): DemoConfig,
+    (None, "base_plan"): PlanConfig,
+    ("cluster", "base_cluster"): ClusterConfig,
     ("model", "base_model"): ModelConfig,
     ("data", "base_data"): DataConfig,
     ("dataset", "base_dataset"): DatasetConfig,
@@ -37,6 +41,7 @@ SCHEMAS: dict[tuple[str | None, str], type] = {
     ("stage", "base_teacher"): TeacherConfig,
     ("stage", "base_pseudo_label"): PseudoLabelConfig,
     ("stage", "base_student"): StudentConfig,
+    ("hydra/sweeper", "base_optuna"): SearchConfig,
 }
 
 
