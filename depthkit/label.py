@@ -30,6 +30,7 @@ from depthkit.data.label_images import ImageChunks, full_batches
 from depthkit.data.labeling import LabelShards
 from depthkit.data.manifest import LabelsOf, load_manifest
 from depthkit.data.quarantine import QuarantineBudgetExceeded
+from depthkit.data.read_ahead import Prefetcher
 from depthkit.data.remote import root_of
 from depthkit.data.shards import ShardReader
 from depthkit.ensembling import Views
@@ -177,7 +178,7 @@ def label_until_done(
     writer: WriteLabels,
 ) -> float:
     """Label what is free until the manifest is written, by this or another process; seconds spent labelling."""
-    trainer = build_trainer(config, writer)
+    trainer, prefetcher = build_trainer(config, writer), Prefetcher()
     seconds = 0.0
     while not shards.finish():
         if not shards.free():
@@ -186,7 +187,7 @@ def label_until_done(
         loader = DataLoader(
             chunks,
             batch_size=None,
-            sampler=claimed_chunks(shards, stage.batch_size),
+            sampler=claimed_chunks(shards, stage.batch_size, prefetcher),
             num_workers=stage.num_workers,
             worker_init_fn=single_thread if stage.num_workers else None,
         )
@@ -197,9 +198,15 @@ def label_until_done(
     return seconds
 
 
-def claimed_chunks(shards: LabelShards, size: int) -> Iterator[tuple[int, int, int]]:
-    """(shard, first sample, end) of pieces of `size` samples; a shard is claimed when the loader gets to it."""
+def claimed_chunks(shards: LabelShards, size: int, prefetcher: Prefetcher) -> Iterator[tuple[int, int, int]]:
+    """(shard, first sample, end) of pieces of `size` samples; a shard is claimed when the loader gets to it.
+
+    The one that this process will probably claim next, should it be remote, is fetched meanwhile: another process may
+    get it first, which is rare and costs a download.
+    """
     while (shard := shards.take()) is not None:
+        if (upcoming := shards.upcoming()) is not None:
+            prefetcher.request(shards.images, upcoming, needed_at=0)
         count = shards.images.manifest.shards[shard].num_samples
         for first in range(0, count, size):
             yield shard, first, min(first + size, count)

@@ -124,6 +124,10 @@ class LabelShards:
             self._free = []
         return None
 
+    def upcoming(self) -> int | None:
+        """The shard that `take` will try next, unless the list of free ones is made anew."""
+        return self._free[-1] if self._free else None
+
     def _look(self) -> list[int]:
         self._free = self.free()[::-1]
         if not self._is_alone:
