@@ -37,8 +37,8 @@ MAX_WAIT = 300.0
 class Requeue(Checkpoint):
     """Saves after SIGUSR1, SIGUSR2, SIGTERM or Ctrl-C, and ends the run; under Slurm the job is queued again.
 
-    Looks at the end of each optimizer step and of each validation image, after all other callbacks. A validation that was
-    cut short is not repeated. Ctrl-C a second time ends at once.
+    Looks at the end of each optimizer step and of each validation image, after all other callbacks. A validation that
+    was cut short is not repeated. Ctrl-C a second time ends at once.
     """
 
     def __init__(self) -> None:
@@ -114,11 +114,8 @@ class Requeue(Checkpoint):
         """Save, and do not come back."""
         path = save_now(trainer) if trainer.state.fn == TrainerFn.FITTING else None
         self._received = None
-        is_requeued = trainer.strategy.broadcast(trainer.is_global_zero and requeue())
-        if trainer.is_global_zero:
-            how = "Slurm starts this job again" if is_requeued else "the same command goes on from there"
-            print(f"{name}: saved {path}; {how}", file=sys.stderr, flush=True)
-        if is_requeued:
+        is_left_to_slurm = trainer.strategy.broadcast(trainer.is_global_zero and hand_back(f"{name}: saved {path}"))
+        if is_left_to_slurm:
             close(trainer)
             self._wait_to_be_killed()
         raise SystemExit(EXIT_INTERRUPTED if trainer.is_global_zero else 0)
@@ -143,8 +140,8 @@ def close(trainer: L.Trainer) -> None:
 
 
 def slurm_environment() -> list[SLURMEnvironment]:
-    """The Trainer's plugin under Slurm, without Lightning's own handler of signals: that one can lock up in short steps,
-    and loses the run on SIGTERM."""
+    """The Trainer's plugin under Slurm, without Lightning's own handler of signals: that one can lock up in short
+    steps, and loses the run on SIGTERM."""
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
@@ -154,19 +151,26 @@ def job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID") if array is None else f"{array}_{task}"
 
 
-def requeue() -> bool:
-    """Ask Slurm to start this job again. False where that cannot be had, with the reason on stderr."""
-    job = job_id()
+def hand_back(done: str) -> bool:
+    """Have Slurm start this job again, and say on stderr what comes after `done`; whether Slurm is about to end it.
+
+    A job that was cancelled, or that Slurm has begun to queue again after a preemption, is left as it is.
+    """
+    job, is_ending = job_id(), False
     if job is None:
-        return False
-    if shutil.which("scontrol") is None:
-        reason = (
-            f"there is no scontrol here, as in a container; exit code {EXIT_INTERRUPTED} asks the batch script for it"
-        )
+        then = "the same command goes on from there"
+    elif shutil.which("scontrol") is None:
+        then = f"no scontrol here to start job {job} again; exit code {EXIT_INTERRUPTED} asks the batch script for it"
+    elif is_ending := "JobState=RUNNING" not in scontrol("show", "job", job).stdout:
+        then = f"Slurm is ending job {job}, and knows whether to start it again"
     else:
-        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-        if result.returncode <= 0:  # below 0: killed, by the very end of the job that was asked for
-            return True
-        reason = (result.stderr or result.stdout).strip()
-    print(f"job {job} is not queued again: {reason}", file=sys.stderr, flush=True)
-    return False
+        asked = scontrol("requeue", job)
+        is_ending = asked.returncode <= 0  # below 0: killed, by the very end of the job that was asked for
+        error = asked.stderr.strip()
+        then = f"Slurm starts job {job} again" if is_ending else f"job {job} is not started again: {error}"
+    print(f"{done}; {then}", file=sys.stderr, flush=True)
+    return is_ending
+
+
+def scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True)
