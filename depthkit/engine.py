@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -11,8 +12,10 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 
 from depthkit.config import TrainConfig
-from depthkit.runtime.checkpoint import AtomicCheckpointIO
+from depthkit.provenance import run_facts
+from depthkit.runtime.checkpoint import AtomicCheckpointIO, RunFacts
 from depthkit.runtime.quarantine import QuarantineMonitor
+from depthkit.runtime.seeding import SeedBatches
 
 
 def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Trainer:
@@ -32,6 +35,8 @@ def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Tra
         _convert_="all",
         logger=loggers,
         callbacks=[
+            RunFacts(partial(run_facts, config)),
+            SeedBatches(config.seed),
             QuarantineMonitor(run_dir / "quarantine", max_fraction=config.data.quarantine_budget),
             *([RichProgressBar(leave=True)] if config.trainer.enable_progress_bar else []),
             *(hydra.utils.instantiate(callback) for callback in config.callbacks.values()),

@@ -1,6 +1,9 @@
 """What a run was made from: data sets, teachers, encoder weights, settings."""
 
+import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import depthkit
 from depthkit.bundle import read_facts
 from depthkit.config import TrainConfig
 from depthkit.data.manifest import load_manifest
+from depthkit.data.remote import is_remote
 from depthkit.licences import NOT_STATED, stated_licences
 
 
@@ -31,8 +35,41 @@ def provenance(config: TrainConfig, result: nn.Module, metrics: Mapping[str, flo
         "hyperparameters": hyperparameters(config),
         "validation": provenance_of_data(config, ("val",))[0] if metrics else {},
         "metrics": dict(metrics),
-        "versions": {"depthkit": depthkit.__version__, **{name: version(name) for name in ("torch", "timm")}},
+        "versions": versions(),
     }
+
+
+def run_facts(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint says about its run: all settings, the code, the data."""
+    settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return {"config": settings, "versions": versions(), "data": data_digests(config)}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that make the numbers; in a git checkout also the commit, with `-dirty` where files changed."""
+    found = {"depthkit": depthkit.__version__, **{name: version(name) for name in ("torch", "timm")}}
+    checkout = Path(depthkit.__file__).parents[1]
+    if (checkout / ".git").exists():
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, capture_output=True, check=True, text=True, timeout=60)
+            found["commit"] = done.stdout.strip()
+    return found
+
+
+def data_digests(config: TrainConfig) -> dict[str, str]:
+    """sha256 of the manifests, labels and selections that training reads, by setting; procedural data sets that are
+    not rendered yet are left out."""
+    digests = {}
+    for stream in ("labeled", "unlabeled"):
+        for name, dataset in getattr(config.data, stream).items():
+            for kind in ("manifest", "labels"):
+                path = getattr(dataset, kind)
+                if path is not None and (is_remote(path) or Path(path).is_file()):
+                    digests[f"data.{stream}.{name}.{kind}"] = load_manifest(path).digest()
+            if dataset.selection is not None:
+                digests[f"data.{stream}.{name}.selection"] = sha256(Path(dataset.selection).read_bytes()).hexdigest()
+    return digests
 
 
 def provenance_of_data(

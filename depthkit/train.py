@@ -22,7 +22,7 @@ from depthkit.hydra_entry import hydra_main
 from depthkit.label import label
 from depthkit.models import DepthModel, PlainEncoder, build_encoder, build_model
 from depthkit.provenance import provenance
-from depthkit.run_folder import keep_settings, resume_point, set_aside
+from depthkit.run_folder import enter
 from depthkit.stages.base import DepthModule, val_name
 from depthkit.stages.pretrain import PretrainModule
 from depthkit.stages.student import StudentModule
@@ -50,11 +50,7 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
     L.seed_everything(config.seed, workers=True, verbose=False)
     run_dir = Path(config.run_dir)
     config.trainer.max_steps = num_steps(config)
-    if config.resume == "never":
-        set_aside(run_dir)
-    finished = config.resume == "auto" and (run_dir / "bundle").is_dir()
-    checkpoint = resume_point(config)
-    keep_settings(config, run_dir / "config.yaml", resumed=finished or checkpoint is not None)
+    checkpoint, finished = enter(config)
     if finished:
         print(f"{run_dir / 'bundle'} is there: this run is finished; resume=never trains again in the same folder")
         return read_facts(run_dir / "bundle").provenance["metrics"].get(val_name(config.protocol, "abs_rel"))
