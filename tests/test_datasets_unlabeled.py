@@ -221,3 +221,15 @@ def test_the_same_key_twice_in_a_shard_is_rejected(tmp_path: Path) -> None:
     packed = only(pack_dataset("sa1b", tmp_path / "root", tmp_path / "out", exit_code=1), "sa1b")
     assert packed.samples.keys() == {"one/sa_1.jpg"}
     assert "twice" in rejected(tmp_path / "out", "sa1b")[0]["reason"]
+
+
+def test_the_same_key_in_two_shards_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one/sa_1", "one/sa_2", "two/sa_1", "two/sa_3"):
+        write_image(tmp_path / f"root/{name}.jpg")
+    arguments = ["dataset=sa1b", f"root={tmp_path / 'root'}", "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*arguments, "--samples-per-shard", "2"]) == 1
+    printed = capsys.readouterr().err
+    assert "sa1b: keys that lie in more than one shard: 'sa_1' in sa1b-000000.tar and sa1b-000001.tar. " in printed
+    assert main([*arguments, "--samples-per-shard", "1"]) == 1
+    (tmp_path / "root/two/sa_1.jpg").unlink()
+    assert main([*arguments, "--samples-per-shard", "1"]) == 0

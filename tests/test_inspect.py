@@ -9,7 +9,8 @@ import pytest
 
 from depthkit.data.inspect import inspect, main
 from depthkit.data.inspection.findings import Findings
-from depthkit.data.manifest import Manifest, TargetSpec, load_manifest, save_manifest
+from depthkit.data.keys import key_hashes, repeated_keys
+from depthkit.data.manifest import Manifest, Shard, TargetSpec, load_manifest, save_manifest
 from depthkit.data.writer import ShardWriter
 
 TARGET = TargetSpec(
@@ -146,3 +147,37 @@ def test_malformed_manifest(tmp_path: Path) -> None:
     path = write_set(tmp_path)
     path.write_text(path.read_text().replace('"scale"', '"sclae"'))
     assert "sclae" in only_problem(path)
+
+
+def test_keys_in_several_shards_are_named(tmp_path: Path) -> None:
+    """All of shard 0 again in shard 2, one of them in shard 1 too."""
+    path = write_set(tmp_path)
+    shards = list(load_manifest(path).shards)
+    members = {"jpg": cv2.imencode(".jpg", np.zeros((40, 60, 3), np.uint8))[1].tobytes()}
+    for number, keys in ((1, ("0-1", "1-1")), (2, ("0-1", "0-0"))):
+        with ShardWriter(tmp_path / f"{number}.tar") as writer:
+            for key in keys:
+                writer.add(key, members)
+        shards[number] = writer.close()
+    change(path, shards=tuple(shards), target=None)
+    problem = only_problem(path)
+    assert "'0-0' in 0.tar and 2.tar; '0-1' in 0.tar and 1.tar and 2.tar. " in problem
+    (tmp_path / "2.tar").unlink()
+    problems = look(path).problems
+    assert [("2.tar" in problem, "'0-1' in 0.tar and 1.tar. " in problem) for problem in problems] == [
+        (True, False),
+        (False, True),
+    ]
+
+
+def test_of_many_repeated_keys_some_are_named() -> None:
+    shards = [Shard(path=f"{n}.tar", num_samples=9, num_bytes=1, sha256="0" * 64) for n in range(3)]
+    keys = [[f"a{n}" for n in range(9)], [], [f"a{n}" for n in range(8, -1, -1)]]
+
+    def key_of(shard: int, sample: int) -> str:
+        return keys[shard][sample]
+
+    text = repeated_keys(shards, [key_hashes(each) for each in keys], key_of)
+    assert "'a0' in 0.tar and 2.tar; 'a1' in 0.tar and 2.tar; 'a2' in 0.tar and 2.tar and 6 more" in text
+    assert repeated_keys(shards, [key_hashes(each) for each in keys[:2]], key_of) == ""
+    assert repeated_keys([], [], key_of) == ""

@@ -19,6 +19,7 @@ from depthkit.data.inspection.contradictions import NUM_EXAMPLES, contradictions
 from depthkit.data.inspection.duplicates import Pictures, find_duplicates
 from depthkit.data.inspection.findings import Findings, Inspection, facts
 from depthkit.data.inspection.look import DataSet, ShardReport, Task, look_at_shard
+from depthkit.data.keys import repeated_keys
 from depthkit.data.manifest import Manifest, load_manifest
 from depthkit.data.procedural.pack import images_progress
 from depthkit.data.remote import is_remote, shown
@@ -28,8 +29,9 @@ DESCRIPTION = """\
 Check data sets before training on them: size and sha256 of every shard, the number of samples, and an evenly spread
 sample of the images and labels, decoded. Prints what the labels look like, what contradicts the manifest (wrong scale,
 ray distance or disparity passed as depth, labels that are empty, constant or of another view, missing intrinsics, codes
-read as measurements), and images that occur twice. Give the images of a pseudo-label set together with its labels, and
-training and test sets together: an image of a val or test set that is also in another set is leakage.
+read as measurements, a key in two shards), and images that occur twice. Give the images of a pseudo-label set together
+with its labels, and training and test sets together: an image of a val or test set that is also in another set is
+leakage.
 
 Exit code: 0 all as stated, 1 a contradiction or leakage."""
 
@@ -86,7 +88,7 @@ def inspect(
         manifest = found.data.manifest
         if not manifest.shards:
             found.problems.append("the manifest lists no shards")
-        _conclude(found, manifest, [reports[found.path, number] for number in range(len(manifest.shards))])
+        _conclude(found, found.data, [reports[found.path, number] for number in range(len(manifest.shards))])
     duplicates = find_duplicates([found.pictures for found in findings])
     inspection = Inspection(findings=findings, duplicates=duplicates)
     for number, found in enumerate(findings):
@@ -180,10 +182,14 @@ def _look(tasks: Sequence[Task], num_workers: int, *, progress: bool) -> dict[tu
     return reports
 
 
-def _conclude(found: Findings, manifest: Manifest, reports: Sequence[ShardReport]) -> None:
+def _conclude(found: Findings, data: DataSet, reports: Sequence[ShardReport]) -> None:
+    manifest = data.manifest
     found.looks = [look for report in reports for look in report.looks]
     found.problems += [problem for report in reports for problem in report.problems]
     found.problems += contradictions(manifest, found.looks)
+    if manifest.labels_of is None:  # those of labels are the images'
+        hashes = [report.key_hashes for report in reports]
+        found.problems += filter(None, [repeated_keys(manifest.shards, hashes, data.key)])
     found.warnings += doubts(manifest, found.looks)
     places = [(report.task.shard, sample) for report in reports for sample in report.hashed]
     found.pictures = Pictures(

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from itertools import count, islice
@@ -22,7 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from depthkit.data.datasets import read_dataset
-from depthkit.data.manifest import Manifest, save_manifest
+from depthkit.data.index import load_index
+from depthkit.data.keys import key_hashes, repeated_keys
+from depthkit.data.manifest import Manifest, Shard, save_manifest
 from depthkit.data.own_data import read_input
 from depthkit.data.pack_shard import Record, ShardTask, forget, pack_shard
 from depthkit.data.pairs import PairSet, PairStream
@@ -50,7 +52,7 @@ that show the same scene into the same split, else a test image was seen in trai
 
 A pair that cannot be used is left out and written to OUT/NAME/rejected.jsonl with the reason. Start a run that was
 stopped again with the same arguments: finished shards are kept. Exit code: 0 all packed, 1 some pairs rejected,
-2 nothing could be packed as asked."""
+or keys in two shards, 2 nothing could be packed as asked."""
 
 
 def main(argv: list[str]) -> int:
@@ -206,20 +208,32 @@ def _progress() -> Progress:
 
 
 def _report(sets: list[PairSet], splits: dict[str, str], records: dict[str, list[Record]], out: Path) -> int:
-    """Print one line per data set; 1 when anything was rejected, else 0."""
+    """Print one line per data set; 1 when anything was rejected or has another's key, else 0."""
     table = Table("data set", "split", "samples", "rejected", "MB", "codec")
-    num_rejected = 0
+    num_rejected, repeats = 0, []
     for s in sets:
         shards = [record.shard for record in records[s.name] if record.shard]
         rejected = sum(len(record.rejected) for record in records[s.name])
         num_rejected += rejected
         codec = s.target.codec if s.target else "(images alone)"
+        repeats += [f"{s.name}: {text}" for text in [_repeated_keys(out / s.name, shards)] if text]
         num_samples, num_bytes = sum(shard.num_samples for shard in shards), sum(shard.num_bytes for shard in shards)
         table.add_row(s.name, splits[s.name], str(num_samples), str(rejected), f"{num_bytes / 1e6:.1f}", codec)
     Console().print(table)
     if num_rejected:
         print(f"{num_rejected} pairs were rejected; the reasons are in {out}/NAME/rejected.jsonl", file=sys.stderr)
-    return 1 if num_rejected else 0
+    print("\n".join(repeats), end="\n" if repeats else "", file=sys.stderr)
+    return 1 if num_rejected or repeats else 0
+
+
+def _repeated_keys(folder: Path, shards: Sequence[Shard]) -> str:
+    """What is to be said of keys that lie in several shards; within one they are rejected."""
+
+    def keys(number: int) -> list[str]:
+        return list(load_index(folder / shards[number].path).samples)
+
+    hashes = [key_hashes(keys(number)) for number in range(len(shards))]
+    return repeated_keys(shards, hashes, lambda number, sample: keys(number)[sample])
 
 
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -67,14 +67,10 @@ class Inspection:
         return f"{self.key(second, other)} {relation} {file}{self.key(first, number)} {distance}"
 
     def key(self, number: int, picture: int) -> str:
-        """Key of a hashed image, read from its shard's index."""
+        """Key of a hashed image."""
         found = self.findings[number]
         assert found.data is not None
-        shard, sample = found.pictures.places[picture].tolist()
-        try:
-            return found.data.reader().keys(shard)[sample]
-        except (OSError, ValueError):  # it could be read a moment ago
-            return f"sample {sample} of {found.data.manifest.shards[shard].path}"
+        return found.data.key(*found.pictures.places[picture].tolist())
 
 
 def label_kind(manifest: Manifest) -> Kind:

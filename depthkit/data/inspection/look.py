@@ -12,6 +12,7 @@ from depthkit.data.cache import ShardCache
 from depthkit.data.decode import decode_image, decode_target, image_size, read_facts, target_size
 from depthkit.data.inspection.duplicates import perceptual_hash
 from depthkit.data.inspection.planes import Votes, plane_votes
+from depthkit.data.keys import key_hashes
 from depthkit.data.manifest import Manifest, TargetSpec
 from depthkit.data.quarantine import SampleError
 from depthkit.data.remote import root_of
@@ -38,6 +39,13 @@ class DataSet:
     def reader(self) -> ShardReader:
         """One that also reads samples whose label is missing."""
         return ShardReader(replace(self.manifest, target=None), root_of(self.path), self.cache)
+
+    def key(self, shard: int, sample: int) -> str:
+        """Read from the shard's index; the place where that, a moment ago still there, cannot be read."""
+        try:
+            return self.reader().keys(shard)[sample]
+        except (OSError, ValueError):
+            return f"sample {sample} of {self.manifest.shards[shard].path}"
 
     def only_shard(self, number: int) -> "DataSet":
         """The same with one shard alone, to send to another process: a manifest may list a hundred thousand."""
@@ -87,13 +95,15 @@ class Look:
 
 @dataclass(kw_only=True)
 class ShardReport:
-    """What came of a task. `hashes` (n,) uint64 belong to the samples `hashed` (n,)."""
+    """What came of a task. `hashes` (n,) uint64 are those of the images of the samples `hashed` (n,), `key_hashes`
+    those of the keys of all samples."""
 
     task: Task
     problems: list[str] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
     hashed: list[int] = field(default_factory=list)
+    key_hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
 class Label(NamedTuple):
@@ -113,6 +123,7 @@ def look_at_shard(task: Task) -> ShardReport:
         verify_shard(root_of(task.data.path), shard, task.data.cache)
         reader = task.data.reader()
         keys = reader.keys(0)  # opening a shard compares the number of samples
+        report.key_hashes = key_hashes(keys)
     except Exception as error:
         report.problems.append(reason(error))
         return report
