@@ -17,6 +17,10 @@ Kind = Literal["disparity", "depth"]
 """`disparity`: inverse depth up to scale and shift, larger = nearer. `depth`: planar z in metres, larger = farther."""
 
 
+class BudgetExceeded(RuntimeError):
+    """More went wrong than the settings allow; the message says what, and what to do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rejection:
     """A sample that could not be used: where it lies and why."""
@@ -41,6 +45,7 @@ class Sample:
     valid_mask: np.ndarray
     key: str
     dataset: str
+    shard: str = ""
     rejections: list[Rejection] = field(default_factory=list)
 
 
@@ -52,6 +57,7 @@ class Batch(TypedDict):
     valid_mask: Tensor  # (B, H, W) bool
     key: list[str]
     dataset: list[str]
+    shard: NotRequired[list[str]]  # path or URL of the tar that holds the sample
     rejections: list[Rejection]
     cutmix_box: NotRequired[Tensor]  # (B, 4) int64 (top, left, height, width), height 0 = none; unlabeled batches
     cutmix_region: NotRequired[Tensor]  # (B, H, W) bool, True where the partner was pasted; after `cutmix`

@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from depthkit.types import Rejection
+from depthkit.types import BudgetExceeded, Rejection
 
 
 class SampleError(ValueError):
     """This sample is unusable; the message says why, in terms of the file. The caller adds which sample it was."""
 
 
-class QuarantineBudgetExceeded(RuntimeError):
+class QuarantineBudgetExceeded(BudgetExceeded):
     """Too many samples were rejected; the message lists counts per data set and the most frequent reasons."""
 
 

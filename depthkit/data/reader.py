@@ -66,7 +66,7 @@ class DatasetReader:
         # The label first: it is where most samples are broken, and its decode is the cheaper one to have done in vain.
         target, valid_mask = self._target(raw, shard, index, size, window)
         image = crop_image(decode_image(data, reduce=jpeg_reduction(window)), window, size)
-        return Sample(image=image, target=target, valid_mask=valid_mask, key=raw.key, dataset=self.name)
+        return self._sample(image, target, valid_mask, raw.key, shard)
 
     def read_whole(self, shard: int, index: int, *, short_side: int, multiple: int) -> Sample:
         """The whole image at the size a model sees it, and the target at its own size, untouched."""
@@ -77,7 +77,11 @@ class DatasetReader:
         window = full_window(size, inference_size(size, short_side, multiple))
         target, valid_mask = self._target(raw, shard, index, size, None)
         image = crop_image(decode_image(data), window, size)
-        return Sample(image=image, target=target, valid_mask=valid_mask, key=raw.key, dataset=self.name)
+        return self._sample(image, target, valid_mask, raw.key, shard)
+
+    def _sample(self, image: np.ndarray, target: np.ndarray, valid_mask: np.ndarray, key: str, shard: int) -> Sample:
+        path = shown(self.images.location(shard))
+        return Sample(image=image, target=target, valid_mask=valid_mask, key=key, dataset=self.name, shard=path)
 
     def rejection(self, shard: int, index: int, error: SampleError) -> Rejection:
         """What the quarantine list says of this sample. The key may be unknown when the shard itself is broken."""

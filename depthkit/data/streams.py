@@ -147,5 +147,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         valid_mask=torch.from_numpy(np.stack([sample.valid_mask for sample in samples])),
         key=[sample.key for sample in samples],
         dataset=[sample.dataset for sample in samples],
+        shard=[sample.shard for sample in samples],
         rejections=[rejection for sample in samples for rejection in sample.rejections],
     )
