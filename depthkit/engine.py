@@ -7,7 +7,6 @@ from pathlib import Path
 
 import hydra
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 
@@ -38,7 +37,6 @@ def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Tra
             RunFacts(partial(run_facts, config)),
             SeedBatches(config.seed),
             QuarantineMonitor(run_dir / "quarantine", max_fraction=config.data.quarantine_budget),
-            *([RichProgressBar(leave=True)] if config.trainer.enable_progress_bar else []),
             *(hydra.utils.instantiate(callback) for callback in config.callbacks.values()),
             *callbacks,
         ],

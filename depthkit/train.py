@@ -22,7 +22,10 @@ from depthkit.hydra_entry import hydra_main
 from depthkit.label import label
 from depthkit.models import DepthModel, PlainEncoder, build_encoder, build_model
 from depthkit.provenance import provenance
+from depthkit.reporting import reporters
 from depthkit.run_folder import enter
+from depthkit.runtime.meter import val_metrics
+from depthkit.runtime.summary import finish
 from depthkit.stages.base import DepthModule, val_name
 from depthkit.stages.pretrain import PretrainModule
 from depthkit.stages.student import StudentModule
@@ -65,17 +68,18 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
         limit_val=config.trainer.limit_val_batches,
         cache=ShardCache(config.paths),
     )
-    trainer = build_trainer(config, callbacks)
+    trainer = build_trainer(config, [*reporters(config, module), *callbacks])
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     if trainer.global_step < config.trainer.max_steps:
         return None  # stopped early: the checkpoints are there, the bundle comes with the last step
     metrics: dict[str, float] = {}
     if config.data.val and not isinstance(module, PretrainModule):
-        (results,) = trainer.validate(module, data, verbose=False)
-        metrics = dict(results)
+        trainer.validate(module, data, verbose=False)
+        metrics = val_metrics(trainer)
     if trainer.is_global_zero:
         write_bundle(config, module, metrics)
     trainer.strategy.barrier("bundle")
+    finish(trainer, metrics)
     return metrics.get(val_name(config.protocol, "abs_rel"))
 
 

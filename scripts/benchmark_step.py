@@ -39,8 +39,7 @@ def train(config: TrainConfig, *, steps: int, interval: int) -> tuple[float, flo
     config.data.num_workers = 1
     config.data.val = {}
     fit(config)
-    (log,) = Path(config.run_dir).glob("csv/*/metrics.csv")
-    with log.open() as file:
+    with (Path(config.run_dir) / "csv" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["throughput/data_wait"]][1:]
     columns = ("throughput/images_per_second", "throughput/data_wait")
     rate, wait = (statistics.median(float(row[column]) for row in rows) for column in columns)

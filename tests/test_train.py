@@ -1,6 +1,5 @@
 """A run as a user sees it: interrupted, continued, refused, finished."""
 
-import csv
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 
 from depthkit.bundle import read_facts
 from depthkit.config import ConfigError, TrainConfig
+from depthkit.runtime.curves import read_curves
 from depthkit.train import run
 
 EVERY_3 = "callbacks.checkpoint.every_n_train_steps=3"
@@ -61,9 +61,8 @@ def bundle_weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "bundle" / "model.safetensors")
 
 
-def logged(run_dir: Path, version: int = 0) -> list[dict[str, str]]:
-    with (run_dir / "csv" / f"version_{version}" / "metrics.csv").open() as file:
-        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+def logged(run_dir: Path) -> list[dict[str, Any]]:
+    return read_curves(run_dir / "csv" / "metrics.csv")
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
@@ -110,16 +109,17 @@ def test_continued_run_with_accumulation_and_validation_in_between(tiny_config, 
     assert list(whole) == list(range(12))
     assert after == {batch: whole[batch] for batch in range(6, 12)}
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
-    validated = [int(row["step"]) for row in logged(tmp_path / "whole") if any(key.startswith("val/") for key in row)]
-    assert validated == [1, 3, 5, 6]  # Lightning counts from 0 during training; the last one is of the bundle
+    validated = [row["step"] for row in logged(tmp_path / "whole") if any(key.startswith("val/") for key in row)]
+    assert validated == [2, 4, 6]
 
 
 def test_continued_run_keeps_what_was_logged_before(tiny_config, tmp_path):
     config = tiny_config("teacher", tmp_path, EVERY_3)
-    train_and_die(config, at_step=5)
-    train(config)
-    steps = [[int(row["step"]) for row in logged(tmp_path, version) if "loss" in row] for version in (0, 1)]
-    assert steps == [[0, 1, 2, 3], [3, 4, 5]]  # step 4 died before it was logged
+    before = train_and_die(config, at_step=5)
+    assert [row["step"] for row in logged(tmp_path)] == [1, 2, 3, 4, 5]
+    after = train(config)
+    losses = {row["step"]: row["loss"] for row in logged(tmp_path)}
+    assert losses == pytest.approx({batch + 1: loss for batch, loss in (before | after).items()})
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b""], ids=["cut", "empty"])

@@ -35,13 +35,14 @@ class DepthModule(L.LightningModule):
     def weigh(self, parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> StepOutput:
         """The weighted mean of the named losses, each (images,), a value per image.
 
-        Their means are logged as `loss/NAME` and the total as `loss`; callbacks get the values per image.
+        Callbacks get the total as `loss`, each mean as `loss/NAME`, and the values per image. What goes to the loggers
+        is for them to say: Lightning would log one rank's numbers of one step, or wait for all ranks in every step.
         """
         means = {name: values.mean() for name, values in parts.items()}
         weighted = [weights[name] * mean for name, mean in means.items()]
         total = torch.stack(weighted).sum() / sum(weights[name] for name in parts)
-        self.log_dict({f"loss/{name}": mean.detach() for name, mean in means.items()})
-        self.log("loss", total.detach(), prog_bar=True)
+        self.log_dict({f"loss/{name}": mean.detach() for name, mean in means.items()}, logger=False)
+        self.log("loss", total.detach(), logger=False)
         return {"loss": total, "image_losses": {name: values.detach() for name, values in parts.items()}}
 
     def validation_step(self, batch: Batch | Rejection, batch_idx: int) -> None:
@@ -54,7 +55,7 @@ class DepthModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, metric in self.val_metrics.items():
-            self.log(val_name(self.protocol, name), metric, prog_bar=name == "abs_rel")
+            self.log(val_name(self.protocol, name), metric, logger=False)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(parameter_groups(self.model, self.model.encoder, self.optim), self.optim)

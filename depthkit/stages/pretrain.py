@@ -40,7 +40,7 @@ class PretrainModule(L.LightningModule):
         _, features = self.encoder.encode(patches, grid)
         prediction = F.pixel_shuffle(self.to_pixels(features), self.encoder.multiple)
         loss = (F.l1_loss(prediction, image, reduction="none") * hidden_pixels).sum() / (3 * hidden_pixels.sum())
-        self.log("loss", loss.detach(), prog_bar=True)
+        self.log("loss", loss.detach(), logger=False)
         return loss
 
     def hidden_patches(self, num_images: int, grid: tuple[int, int], step: int) -> Tensor:

@@ -1,0 +1,85 @@
+"""Who measures, shows and keeps what a training run does, put together from its settings."""
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import nn
+
+from depthkit.checks import num_images
+from depthkit.config import TrainConfig
+from depthkit.provenance import versions
+from depthkit.runtime.console import RunProgress
+from depthkit.runtime.meter import Meter
+from depthkit.runtime.summary import RunSummary, used_before
+from depthkit.runtime.tracking import Lineage
+
+
+def reporters(config: TrainConfig, module: nn.Module) -> list[L.Callback]:
+    """The callbacks, which come after all others: what those take for drawing or saving is no waiting for data."""
+    run_dir = Path(config.run_dir)
+    peak = peak_flops(config)
+    meter = Meter(
+        config.data,
+        used=used_before(run_dir / "summary.json"),
+        batch_flops=None if peak is None else batch_flops(config, module),
+        peak_flops=peak,
+    )
+    facts = {"run_name": config.run_name, "stage": config.stage.name, "seed": config.seed, "versions": versions()}
+    datasets = [*config.data.labeled.values(), *config.data.unlabeled.values()]
+    manifests = [path for dataset in datasets for path in (dataset.manifest, dataset.labels) if path is not None]
+    weights = config.stage.encoder_weights
+    return [
+        meter,
+        *([RunProgress(heading(config, module), meter)] if config.trainer.enable_progress_bar else []),
+        RunSummary(run_dir / "summary.json", facts, meter),
+        Lineage(run_dir / "bundle", manifests, [] if weights in (None, "timm") else [str(weights)]),
+    ]
+
+
+def peak_flops(config: TrainConfig) -> float | None:
+    """FLOP/s that the device could do at best; None on CPUs and on GPUs that are not listed."""
+    from depthkit.hardware import peak_tflops
+
+    if config.trainer.accelerator not in ("gpu", "cuda", "auto") or not torch.cuda.is_available():
+        return None
+    tflops = peak_tflops(torch.cuda.get_device_name(), config.trainer.precision)
+    return None if tflops is None else tflops * 1e12
+
+
+def batch_flops(config: TrainConfig, module: nn.Module) -> float:
+    """FLOPs of one batch over all ranks: forward and backward are three forward passes of what is trained, and one of
+    the frozen encoder. What activation checkpointing does again is not counted."""
+    from depthkit.flops import forward_flops
+
+    size = (config.data.crop_size[0], config.data.crop_size[1])
+    images = config.data.images_per_step()
+    trained: nn.Module = getattr(module, "model", None) or module.get_submodule("encoder")
+    flops = 3 * sum(images.values()) * forward_flops(trained, size)
+    frozen = getattr(module, "frozen_encoder", None)
+    return flops if frozen is None else flops + images["unlabeled"] * forward_flops(frozen, size)
+
+
+def heading(config: TrainConfig, module: nn.Module) -> list[str]:
+    """The arithmetic of a run in a few lines."""
+    trainer, images = config.trainer, config.data.images_per_step()
+    per_step = {stream: count * trainer.accumulate_grad_batches for stream, count in images.items() if count}
+    streams = " + ".join(f"{count} {stream}" for stream, count in per_step.items())
+    processes = trainer.devices * trainer.num_nodes
+    split = f" = {trainer.accumulate_grad_batches} batches" if trainer.accumulate_grad_batches > 1 else ""
+    sweeps = ", ".join(
+        f"{trainer.max_steps * count / sum(dataset.weight * num_images(dataset) for dataset in group.values()):.3g}"
+        f" sweeps of the {stream} images"
+        for stream, count in per_step.items()
+        if (group := getattr(config.data, stream))
+    )
+    counts = {True: 0, False: 0}
+    for parameter in module.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    height, width = config.data.crop_size
+    return [
+        f"{config.run_name}: stage {config.stage.name}, seed {config.seed}, in {config.run_dir}",
+        f"  {trainer.max_steps} steps of {streams} images of {height} x {width}{split}: {sweeps}",
+        f"  {config.model.encoder}: {counts[True] / 1e6:.2f} M parameters trained, {counts[False] / 1e6:.2f} M frozen",
+        f"  {processes} x {trainer.accelerator}, strategy {trainer.strategy}, precision {trainer.precision}",
+    ]
