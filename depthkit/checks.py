@@ -1,6 +1,7 @@
 """What settings say together. Everything here is judged before a job is queued; no sample is opened."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,8 @@ def validate(config: TrainConfig) -> None:
         check_dataset(f"data.val.{name}", dataset, "depth")
     check_validation(config)
     check_warmup(config)
+    check_averaging(config)
+    check_best(config)
 
 
 def check_streams(config: TrainConfig) -> None:
@@ -97,6 +100,24 @@ def check_warmup(config: TrainConfig) -> None:
     steps, warmup = num_steps(config), config.optim.warmup_steps
     source = f"trainer.max_steps={steps}" if config.sweeps is None else f"{steps}, the steps of sweeps={config.sweeps}"
     check(warmup < steps, "optim.warmup_steps", warmup, f"below {source}")
+
+
+def check_averaging(config: TrainConfig) -> None:
+    """Every rank has all weights to average."""
+    trainer, decay = config.trainer, config.optim.ema_decay
+    if decay is not None and trainer.strategy == "deepspeed":
+        stage = trainer.zero_stage
+        if trainer.deepspeed_config is not None:
+            stage = json.loads(Path(trainer.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage", 0)
+        allowed = "null with ZeRO stage 3, which spreads the weights over the ranks; stages 1 and 2 can average them"
+        check(stage < 3, "optim.ema_decay", decay, allowed)
+
+
+def check_best(config: TrainConfig) -> None:
+    """The metric of the best checkpoint is measured."""
+    metric = (config.callbacks.get("checkpoint") or {}).get("best_metric")
+    allowed = f"one of protocol.metrics={list(config.protocol.metrics)}"
+    check(metric is None or metric in config.protocol.metrics, "callbacks.checkpoint.best_metric", metric, allowed)
 
 
 def check_dataset(field_name: str, dataset: DatasetConfig, kind: Kind | None) -> None:
@@ -165,13 +186,16 @@ def describe_encoder(model: ModelConfig) -> "Encoder":
     return encoder
 
 
-def num_steps(config: TrainConfig) -> int:
-    """Optimizer steps: `max_steps`, or as many as `sweeps` passes take over the unlabeled (else the labeled) images."""
+def num_steps(config: TrainConfig, count: Callable[[DatasetConfig], int] | None = None) -> int:
+    """Optimizer steps: `max_steps`, or as many as `sweeps` passes take over the unlabeled (else the labeled) images.
+
+    `count` gives the images of a data set; without it the manifests do.
+    """
     if config.sweeps is None:
         return config.trainer.max_steps
     stream = "unlabeled" if config.data.unlabeled else "labeled"
     group: Mapping[str, DatasetConfig] = getattr(config.data, stream)
-    images = sum(dataset.weight * num_images(dataset) for dataset in group.values())
+    images = sum(dataset.weight * (count or num_images)(dataset) for dataset in group.values())
     per_step = config.data.images_per_step()[stream] * config.trainer.accumulate_grad_batches
     return max(1, round(config.sweeps * images / per_step))
 

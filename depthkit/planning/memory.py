@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from depthkit.config import TrainConfig
+from depthkit.config import ModelConfig, TrainConfig
+from depthkit.flops import describe
 from depthkit.planning.step import bare_module, random_batch
 
 REDUCE_BUCKETS = 2 * 200_000_000
@@ -117,7 +118,7 @@ def held_bytes(engine: Engine, counts: Counts, world_size: int) -> Held:
 # --- what a batch takes ----------------------------------------------------------------------------------------------
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the tensors that come to be while it is active: `now` those alive, `peak` the most at once.
 
     A tensor counts from the operation that makes it until nothing refers to its storage, autograd included; tensors
@@ -125,7 +126,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         self._known: set[int] = set()
@@ -177,14 +178,9 @@ def step_bytes(config: TrainConfig, images: dict[str, int]) -> int:
         with LiveBytes() as live:
             with autocast(config.trainer.precision, "cpu"):
                 output = module.training_step(batch, 0)
-            (output if isinstance(output, Tensor) else output["loss"]).backward()
+            loss: Any = output if isinstance(output, Tensor) or output is None else output["loss"]
+            loss.backward()
     return live.peak
-
-
-def autocast(precision: str, device_type: str) -> torch.autocast:
-    """The autocast that Lightning makes of a precision; none for 32-true."""
-    kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    return torch.autocast(device_type, kinds.get(precision, torch.bfloat16), enabled=precision in kinds)
 
 
 @dataclass(frozen=True)
@@ -198,12 +194,36 @@ class BatchBytes:
         return self.fixed + self.per_image * images
 
 
+def forward_bytes(model: ModelConfig, size: tuple[int, int], precision: str) -> BatchBytes:
+    """Bytes of a forward pass without gradients, by the number of images of `size`; counted as `step_bytes` does."""
+    peaks = []
+    for count in (2, 4):
+        network = describe(model)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            network.to_empty(device="cpu")
+            images = torch.rand(count, 3, *size)
+            with LiveBytes() as live, torch.no_grad(), autocast(precision, "cpu"):
+                network(images)
+        peaks.append(live.peak)
+    return line(*peaks, images=2)
+
+
+def autocast(precision: str, device_type: str) -> torch.autocast:
+    """The autocast that Lightning makes of a precision; none for 32-true."""
+    kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return torch.autocast(device_type, kinds.get(precision, torch.bfloat16), enabled=precision in kinds)
+
+
 def measure_batch(config: TrainConfig, smallest: dict[str, int]) -> BatchBytes:
     """Bytes by the number of images, a line through the counts of two and of four `smallest` batches."""
     small, large = (step_bytes(config, {name: n * count for name, count in smallest.items()}) for n in (2, 4))
-    images = sum(smallest.values())
-    per_image = (large - small) / (2 * images)
-    return BatchBytes(small - 2 * images * per_image, per_image)
+    return line(small, large, images=2 * sum(smallest.values()))
+
+
+def line(small: float, large: float, *, images: int) -> BatchBytes:
+    """The line through the bytes of `images` and of twice as many."""
+    per_image = (large - small) / images
+    return BatchBytes(small - per_image * images, per_image)
 
 
 def usable_bytes(memory_gb: float) -> float:

@@ -1,11 +1,13 @@
 """A training step outside of a run: the real module of a stage on random images, without a Trainer."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from depthkit.config import PretrainConfig, TrainConfig
 from depthkit.train import STAGES
@@ -17,8 +19,18 @@ def bare_module(config: TrainConfig) -> L.LightningModule:
     config = replace(config, stage=replace(config.stage, encoder_weights=None))
     module = STAGES[type(config.stage)](config)
     module._trainer = SimpleNamespace(world_size=1, global_rank=0)  # type: ignore[assignment]
-    module.log = module.log_dict = _log_nowhere  # type: ignore[method-assign,assignment]
+    module.log = module.log_dict = _log_nowhere  # type: ignore[method-assign]
+    if config.trainer.activation_checkpointing:
+        checkpoint_blocks(module)
     return module.train()
+
+
+def checkpoint_blocks(module: L.LightningModule) -> None:
+    """Blocks of the trained encoder keep their input alone and are computed again in the backward pass."""
+    for name, blocks in module.named_modules():
+        if name.split(".")[-1] in ("blocks", "stages") and not name.startswith("frozen_encoder"):
+            for block in blocks.children():
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _log_nowhere(*args: Any, **kwargs: Any) -> None:
