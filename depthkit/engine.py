@@ -14,6 +14,7 @@ from depthkit.config import TrainConfig
 from depthkit.provenance import run_facts
 from depthkit.runtime.checkpoint import AtomicCheckpointIO, RunFacts
 from depthkit.runtime.quarantine import QuarantineMonitor
+from depthkit.runtime.requeue import Requeue, slurm_environment
 from depthkit.runtime.seeding import SeedBatches
 
 
@@ -39,8 +40,9 @@ def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Tra
             QuarantineMonitor(run_dir / "quarantine", max_fraction=config.data.quarantine_budget),
             *(hydra.utils.instantiate(callback) for callback in config.callbacks.values()),
             *callbacks,
+            Requeue(),  # after those that checkpoint
         ],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *slurm_environment()],
         max_epochs=1,
         val_check_interval=interval * config.trainer.accumulate_grad_batches,
         check_val_every_n_epoch=None,
