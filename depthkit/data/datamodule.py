@@ -19,6 +19,7 @@ from depthkit.data.reader import DatasetReader
 from depthkit.data.streams import StepSampler, Stream, StreamDataset, collate, collate_streams
 from depthkit.data.transforms import cutmix
 from depthkit.data.windows import normalize
+from depthkit.data.workers import answer_to_the_parent_alone
 from depthkit.types import Batch, Kind, Rejection
 
 
@@ -192,3 +193,4 @@ def single_thread(worker: int) -> None:
 
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    answer_to_the_parent_alone()
