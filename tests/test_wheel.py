@@ -27,8 +27,8 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_holds_what_a_checkout_holds(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     kinds = (("depthkit", "*.py"), ("depthkit", "*.j2"), ("conf", "*.yaml"), ("data_manifests", "*.json"))
-    for folder, pattern in kinds:
-        prefix = "" if folder == "depthkit" else "depthkit/"
+    for folder, pattern in (*kinds, ("hydra_plugins", "*.py")):
+        prefix = "depthkit/" if folder in ("conf", "data_manifests") else ""
         for path in (ROOT / folder).rglob(pattern):
             assert f"{prefix}{path.relative_to(ROOT)}" in names
     assert "depthkit/evaluation/report.html.j2" in names
