@@ -167,6 +167,7 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     warmup_steps: int = 0
     final_lr_fraction: float = 0.0  # rate at the last step relative to the peak; linear in between
+    ema_decay: float | None = None  # per step, of an average of the weights; its half-life is ln 2 / (1 - decay) steps
 
     def __post_init__(self) -> None:
         check(self.encoder_lr >= 0, "optim.encoder_lr", self.encoder_lr, ">= 0")
@@ -174,6 +175,8 @@ class OptimConfig:
         check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
         check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, ">= 0")
         check(0 <= self.final_lr_fraction <= 1, "optim.final_lr_fraction", self.final_lr_fraction, "0 to 1")
+        decay = self.ema_decay
+        check(decay is None or 0 < decay < 1, "optim.ema_decay", decay, "> 0 and < 1, or null for no average")
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------

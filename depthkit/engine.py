@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from depthkit.config import TrainConfig
 from depthkit.provenance import run_facts
+from depthkit.runtime.averaging import WeightAverage
 from depthkit.runtime.checkpoint import AtomicCheckpointIO, RunFacts
 from depthkit.runtime.quarantine import QuarantineMonitor
 from depthkit.runtime.requeue import Requeue, slurm_environment
@@ -40,6 +41,8 @@ def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Tra
             QuarantineMonitor(run_dir / "quarantine", max_fraction=config.data.quarantine_budget),
             *(hydra.utils.instantiate(callback) for callback in config.callbacks.values()),
             *callbacks,
+            # After those that draw what a validation saw: it then puts the weights back.
+            *([WeightAverage(config.optim.ema_decay)] if config.optim.ema_decay is not None else []),
             Requeue(),  # after those that checkpoint
         ],
         plugins=[AtomicCheckpointIO(), *slurm_environment()],

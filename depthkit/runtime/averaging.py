@@ -1,0 +1,77 @@
+"""A running average of the weights, which validates better than the weights of any one step."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class WeightAverage(L.Callback):
+    """Exponential moving average (Polyak and Juditsky 1992): average <- d average + (1 - d) weights, every step.
+
+    d = min(decay, (1 + t) / (10 + t)) in step t, so that the random start is soon forgotten. A weight counts half after
+    ln 2 / (1 - decay) steps: 693 for 0.999. In float32, of trainable parameters alone; what is frozen equals its
+    average, and BatchNorm, whose statistics would need one too, is in no model here. Ranks hold the same weights and
+    so the same average. It is what validation and the bundle use, and lies in the checkpoint beside the weights.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+        self._step = 0
+        self._weights: dict[str, Tensor] | None = None  # put away while the average is in their place
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+        weights = trainable(pl_module)
+        if not self.average:
+            self.average = {name: weight.detach().float().clone() for name, weight in weights.items()}
+        self.average = {name: self.average[name].to(weight.device) for name, weight in weights.items()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._step:  # gradients are being accumulated
+            return
+        decay = min(self.decay, (1 + self._step) / (10 + self._step))
+        self._step = trainer.global_step
+        weights = [weight.detach().float() for weight in trainable(pl_module).values()]
+        get_ema_multi_avg_fn(decay)(list(self.average.values()), weights, None)  # type: ignore[no-untyped-call]
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.state.fn is TrainerFn.FITTING and self._weights is None:
+            weights = trainable(pl_module)
+            self._weights = {name: weight.detach().clone() for name, weight in weights.items()}
+            put(self.average, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._put_back(pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._put_back(pl_module)  # in the middle of a validation; the checkpoint refers to the same memory
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        put(self.average, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.average = state_dict["average"]
+
+    def _put_back(self, module: nn.Module) -> None:
+        if self._weights is not None:
+            put(self._weights, module)
+            self._weights = None
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def put(values: dict[str, Tensor], module: nn.Module) -> None:
+    """Overwrite the parameters of these names."""
+    for name, parameter in trainable(module).items():
+        parameter.copy_(values[name])
