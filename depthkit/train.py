@@ -59,15 +59,7 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
         return read_facts(run_dir / "bundle").provenance["metrics"].get(val_name(config.protocol, "abs_rel"))
 
     module = STAGES[type(config.stage)](config)
-    data = DepthDataModule(
-        config.data,
-        seed=config.seed,
-        num_steps=config.trainer.max_steps * config.trainer.accumulate_grad_batches,
-        multiple=size_multiple(config.model),
-        target_kind=None if isinstance(config.stage, PretrainConfig) else "disparity",
-        limit_val=config.trainer.limit_val_batches,
-        cache=ShardCache(config.paths),
-    )
+    data = build_data(config)
     trainer = build_trainer(config, [*reporters(config, module), *callbacks])
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     if trainer.global_step < config.trainer.max_steps:
@@ -81,6 +73,18 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
     trainer.strategy.barrier("bundle")
     finish(trainer, metrics)
     return metrics.get(val_name(config.protocol, "abs_rel"))
+
+
+def build_data(config: TrainConfig) -> DepthDataModule:
+    return DepthDataModule(
+        config.data,
+        seed=config.seed,
+        num_steps=config.trainer.max_steps * config.trainer.accumulate_grad_batches,
+        multiple=size_multiple(config.model),
+        target_kind=None if isinstance(config.stage, PretrainConfig) else "disparity",
+        limit_val=config.trainer.limit_val_batches,
+        cache=ShardCache(config.paths),
+    )
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------
