@@ -22,11 +22,6 @@ class Views:
     def number(self) -> int:
         return len(self.scales) * (1 + self.flip)
 
-    def __str__(self) -> str:
-        """What a label set says of them; empty for the image alone."""
-        scales = ", ".join(f"{scale:g}" for scale in self.scales)
-        return f"mean over scales {scales}{' and mirror images' if self.flip else ''}" if self.number > 1 else ""
-
 
 class Ensemble(NamedTuple):
     """`values` (B, H, W), the mean of aligned predictions; `uncertainty` (B, H, W), their standard deviation at a pixel

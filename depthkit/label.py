@@ -28,7 +28,7 @@ from depthkit.data.claims import Claims
 from depthkit.data.datamodule import single_thread
 from depthkit.data.label_images import ImageChunks, full_batches
 from depthkit.data.labeling import LabelShards
-from depthkit.data.manifest import LabelsOf, load_manifest
+from depthkit.data.manifest import LabelSettings, LabelsOf, load_manifest
 from depthkit.data.quarantine import QuarantineBudgetExceeded
 from depthkit.data.read_ahead import Prefetcher
 from depthkit.data.remote import root_of
@@ -38,6 +38,7 @@ from depthkit.formats.sky import load_sky_model
 from depthkit.hydra_entry import hydra_main
 from depthkit.licences import stated_licences
 from depthkit.runtime.quiet import keep_back_noise
+from depthkit.runtime.tracking import track_labels
 from depthkit.stages.pseudo_label import PseudoLabelModule, WriteLabels
 
 SHORT_KEYS = ("bundle", "images", "out", "verify")
@@ -129,16 +130,20 @@ def label_in_this_process(config: TrainConfig, stage: PseudoLabelConfig) -> Path
         raise ConfigError(f"stage.bundle={stage.bundle} predicts {facts.kind}; pseudo-labels need a model of disparity")
     short_side, multiple = stage.short_side or facts.short_side, model.encoder.multiple
     views = Views(stage.flip, tuple(stage.scales))
-    size_rule = f"shorter side {short_side} px, aspect kept, sides multiples of {multiple}"
     origin = LabelsOf(
         images=reader.manifest.name,
         images_digest=reader.manifest.digest(),
         teacher_sha256=facts.sha256,
-        resolution=f"{size_rule}; precision {config.trainer.precision}",
+        settings=LabelSettings(
+            short_side=short_side,
+            precision=config.trainer.precision,
+            flip=views.flip,
+            scales=views.scales,
+            sky_model=sha256(Path(stage.sky_model)) if stage.sky_model else "",
+            sky_class=stage.sky_class if stage.sky_model else None,
+        ),
         code_version=depthkit.__version__,
         teacher_licences=stated_licences(facts.provenance),
-        views=str(views),
-        sky_model=f"sha256 {sha256(Path(stage.sky_model))}, class {stage.sky_class}" if stage.sky_model else "",
     )
     find_sky = load_sky_model(Path(stage.sky_model), device_of(config), stage.sky_class) if stage.sky_model else None
     module = PseudoLabelModule(
@@ -157,6 +162,8 @@ def label_in_this_process(config: TrainConfig, stage: PseudoLabelConfig) -> Path
             writer.close()
             shards.abandon()
     print(f"{shards.manifest_path}: {reader.manifest.num_samples} images. {summary(shards, writer, seconds)}")
+    if local_rank() == 0:
+        track_labels(config, stage.bundle, stage.images, str(shards.manifest_path))
     return shards.manifest_path
 
 

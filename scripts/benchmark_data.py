@@ -101,9 +101,7 @@ def write_files(folder: Path, sources: list[Source], size: tuple[int, int]) -> N
     with ShardWriter(folder / "labels" / "images.tar") as writer:
         for key, members in labels.items():
             writer.add(key, members)
-    teacher = LabelsOf(
-        images=images.name, images_digest=images.digest(), teacher_sha256="", resolution="", code_version=""
-    )
+    teacher = LabelsOf(images=images.name, images_digest=images.digest(), teacher_sha256="", code_version="")
     save(folder / "labels" / "labels.json", PSEUDO_LABEL, writer, labels_of=teacher)
 
 

@@ -89,7 +89,6 @@ def pseudo_labels(folder: Path, images: Path, keys: list[str], *, size: tuple[in
         images="rooms",
         images_digest=load_manifest(images).digest(),
         teacher_sha256="ab" * 32,
-        resolution="32",
         code_version="1",
     )
     return write_dataset(folder, dict.fromkeys(keys, members), DISPARITY, labels_of=origin)

@@ -15,7 +15,7 @@ from torch import Tensor
 from depthkit.bundle import load_model
 from depthkit.config import ConfigError, DatasetConfig, PseudoLabelConfig
 from depthkit.data.decode import decode_image, decode_target
-from depthkit.data.manifest import load_manifest
+from depthkit.data.manifest import LabelSettings, load_manifest
 from depthkit.data.reader import DatasetReader
 from depthkit.data.shards import ShardReader
 from depthkit.data.uncertainty import decode_uncertainty, encode_uncertainty
@@ -205,8 +205,9 @@ def test_an_ensemble_is_named_in_the_lineage_and_not_mixed_with_another(
 ):
     lineage = load_manifest(labels).labels_of
     assert lineage is not None
-    assert lineage.views == "mean over scales 1, 1.25 and mirror images"
-    with pytest.raises(ConfigError, match=r"views 'mean over scales 1, 1\.25 and mirror images', now ''"):
+    assert lineage.settings == LabelSettings(short_side=32, precision="32-true", flip=True, scales=(1.0, 1.25))
+    other = r"\(settings\.flip True, now False; settings\.scales \[1\.0, 1\.25\], now \[1\.0\]\)"
+    with pytest.raises(ConfigError, match=other):
         run_label(images, labels.parent, "data.quarantine_budget=0.5")
 
 
@@ -215,7 +216,8 @@ def test_one_view_has_no_uncertainty_and_the_lineage_of_before(run_label: Label,
     manifest = load_manifest(found)
     assert list(ShardReader(manifest, found.parent).read(0, 0).members) == ["disparity.png", "json"]
     content = json.loads(found.read_text())
-    del content["labels_of"]["views"], content["labels_of"]["sky_model"]
+    for name in ("flip", "scales", "sky_model", "sky_class"):
+        del content["labels_of"]["settings"][name]
     (tmp_path / "earlier.json").write_text(json.dumps(content))
     assert load_manifest(tmp_path / "earlier.json").digest() == manifest.digest()
 
@@ -289,7 +291,9 @@ def test_sky_that_the_network_finds_is_disparity_zero(
             assert uncertainty[horizon:].any()
     lineage = load_manifest(labels).labels_of
     assert lineage is not None
-    assert lineage.sky_model == f"sha256 {sha256(network.read_bytes()).hexdigest()}, class 2"
+    assert lineage.settings is not None
+    assert lineage.settings.sky_model == sha256(network.read_bytes()).hexdigest()
+    assert lineage.settings.sky_class == 2
 
 
 def test_a_sky_mask_of_the_data_set_comes_before_the_network(run_label: Label, tmp_path: Path):

@@ -79,7 +79,6 @@ def store(images: Path, out: Path, *, max_rejected: float = 0.01) -> LabelShards
         images=manifest.name,
         images_digest=manifest.digest(),
         teacher_sha256="ab" * 32,
-        resolution="32",
         code_version="1",
     )
     claims = Claims(out / ".claims", timeout=60)

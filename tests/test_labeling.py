@@ -22,7 +22,7 @@ from depthkit.data.claims import Claims
 from depthkit.data.decode import decode_image, decode_target
 from depthkit.data.label_images import MAX_BATCHES_LATE, ImageChunk, ImageChunks, ImageGroup, full_batches
 from depthkit.data.labeling import LabelShards
-from depthkit.data.manifest import Manifest, load_manifest
+from depthkit.data.manifest import LabelSettings, Manifest, load_manifest
 from depthkit.data.quarantine import QuarantineBudgetExceeded, SampleError
 from depthkit.data.reader import DatasetReader
 from depthkit.data.shards import ShardReader, image_member, verify_shard
@@ -105,7 +105,7 @@ def test_a_label_set_names_its_teacher_and_its_images(images: Path, labels: Path
     assert len(manifest.labels_of.teacher_sha256) == 64
     assert manifest.labels_of.images_digest == load_manifest(images).digest()
     assert manifest.labels_of.code_version == depthkit.__version__
-    assert "32 px" in manifest.labels_of.resolution
+    assert manifest.labels_of.settings == LabelSettings(short_side=32, precision="32-true")
     assert manifest.target is not None
     assert (manifest.target.quantity, manifest.target.metric) == ("disparity", False)
 
@@ -238,7 +238,13 @@ def test_two_processes_write_what_one_writes(
 
 
 @pytest.mark.parametrize(
-    ("field", "overrides"), [("resolution", ["stage.short_side=40"]), ("teacher_sha256", []), ("images_digest", [])]
+    ("field", "overrides"),
+    [
+        ("settings.short_side 32, now 40", ["stage.short_side=40"]),
+        ("settings.precision '32-true', now 'bf16-mixed'", ["trainer.precision=bf16-mixed"]),
+        ("teacher_sha256", []),
+        ("images_digest", []),
+    ],
 )
 def test_labels_of_another_origin_in_the_folder_are_refused(
     run_label: Label, images: Path, labels: Path, tmp_path: Path, field: str, overrides: list[str]
@@ -249,7 +255,7 @@ def test_labels_of_another_origin_in_the_folder_are_refused(
     if not overrides:
         origin[field] = "0123456789" * 6
     (out / "labels_of.json").write_text(json.dumps(origin))
-    with pytest.raises(ConfigError, match=rf"{out} holds labels of another origin \({field} .*choose another out"):
+    with pytest.raises(ConfigError, match=rf"{out} holds labels of another origin \({field}.*\): choose another out"):
         run_label(images, out, *overrides)
     assert sorted(path.name for path in out.iterdir()) == ["labels_of.json"]
 

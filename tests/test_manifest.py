@@ -10,7 +10,16 @@ from typing import Any, get_args
 import pytest
 
 from depthkit.data.codecs import CODECS, SIZES
-from depthkit.data.manifest import Codec, LabelsOf, Manifest, Shard, TargetSpec, load_manifest, save_manifest
+from depthkit.data.manifest import (
+    Codec,
+    LabelSettings,
+    LabelsOf,
+    Manifest,
+    Shard,
+    TargetSpec,
+    load_manifest,
+    save_manifest,
+)
 from depthkit.files import atomic_write
 
 MANIFEST = Manifest(
@@ -70,10 +79,34 @@ def test_digest_depends_on_content_alone(path: Path) -> None:
     path.write_text(json.dumps(dict(reversed(content.items())), indent=7))
     assert load_manifest(path).digest() == MANIFEST.digest()
     labels_of = LabelsOf(
-        images="rooms", images_digest="a", teacher_sha256="b", resolution="short side 518", code_version="0.1.0"
+        images="rooms",
+        images_digest="a",
+        teacher_sha256="b",
+        settings=LabelSettings(short_side=518, precision="32-true"),
+        code_version="0.1.0",
     )
     others = [replace(MANIFEST, split="val"), replace(MANIFEST, labels_of=labels_of), replace(MANIFEST, target=None)]
     assert len({manifest.digest() for manifest in [MANIFEST, *others]}) == 4
+
+
+def test_label_sets_of_before_the_settings_keep_their_digest(path: Path) -> None:
+    origin = {"images": "rooms", "images_digest": "a", "teacher_sha256": "b", "code_version": "0.1.0"}
+    origin |= {"resolution": "short side 518", "views": "mean over scales 1, 1.25"}
+    rewrite(path, labels_of=origin)
+    assert load_manifest(path).digest() == "615648ee8ad2136c4cb7e0d29f1a2a19cad5b35ccc21f8489b510ff4cc19c579"
+
+
+def test_settings_of_labels_are_read_back_and_belong_to_the_digest(path: Path) -> None:
+    origin = {"images": "rooms", "images_digest": "a", "teacher_sha256": "b", "code_version": "0.1.0"}
+    rewrite(path, labels_of=origin | {"settings": {"short_side": 518, "precision": "bf16-mixed"}})
+    plain = load_manifest(path)
+    assert plain.labels_of is not None
+    assert plain.labels_of.settings == LabelSettings(short_side=518, precision="bf16-mixed")
+    assert str(plain.labels_of.settings) == "shorter side 518 px, precision bf16-mixed, scale 1"
+    save_manifest(plain, path)
+    assert load_manifest(path) == plain
+    rewrite(path, labels_of__settings__scales=[1, 1.25])
+    assert load_manifest(path).digest() != plain.digest()
 
 
 @pytest.mark.parametrize(

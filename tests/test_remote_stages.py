@@ -44,7 +44,7 @@ def test_the_shard_to_label_next_is_fetched_while_the_present_one_is_labelled(ti
         url = f"{server.url}/manifest.json"
         images = ShardReader(load_manifest(url), url, ShardCache(PathsConfig(cache=str(tmp_path / "cache"))))
         claims = Claims(tmp_path / ".claims", timeout=60)
-        origin = LabelsOf(images="", images_digest="", teacher_sha256="", resolution="", code_version="")
+        origin = LabelsOf(images="", images_digest="", teacher_sha256="", code_version="")
         shards = LabelShards(tmp_path / "labels", images, origin, claims, max_rejected=0.0)
         facts = images.manifest.shards
 

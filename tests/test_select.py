@@ -36,7 +36,7 @@ def label_members(score: float | None, **facts: Any) -> dict[str, bytes]:
 
 def write_labels(folder: Path, images: Path, members: dict[str, dict[str, bytes]]) -> Path:
     digest = load_manifest(images).digest()
-    origin = LabelsOf(images="rooms", images_digest=digest, teacher_sha256="ab" * 32, resolution="32", code_version="1")
+    origin = LabelsOf(images="rooms", images_digest=digest, teacher_sha256="ab" * 32, code_version="1")
     return write_dataset(folder, members, DISPARITY, samples_per_shard=4, labels_of=origin)
 
 

@@ -11,6 +11,7 @@ import threading
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -322,9 +323,18 @@ def keep_origin(path: Path, labels_of: LabelsOf, token: str) -> None:
         with atomic_write(temporary) as file:
             file.write((json.dumps(asdict(labels_of), indent=2) + "\n").encode())
         keep_first(temporary, path)
-    found = json.loads(path.read_text())
+    before, now = (_flat(json.loads(text)) for text in (path.read_text(), json.dumps(asdict(labels_of))))
     # Of a field that the folder does not know yet nothing can be said.
-    different = [name for name, value in asdict(labels_of).items() if found.get(name, value) != value]
+    different = [
+        f"{name} {before[name]!r}, now {now[name]!r}" for name in now if before.get(name, now[name]) != now[name]
+    ]
     if different:
-        pairs = "; ".join(f"{name} {found.get(name)!r}, now {getattr(labels_of, name)!r}" for name in different)
-        raise ConfigError(f"{path.parent} holds labels of another origin ({pairs}): choose another out=FOLDER")
+        raise ConfigError(
+            f"{path.parent} holds labels of another origin ({'; '.join(different)}): choose another out=FOLDER"
+        )
+
+
+def _flat(origin: dict[str, Any]) -> dict[str, Any]:
+    """The settings beside the other fields, as `settings.NAME`."""
+    settings = origin.pop("settings", None) or {}
+    return origin | {f"settings.{name}": value for name, value in settings.items()}

@@ -73,18 +73,39 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelSettings:
+    """How a teacher was asked: the shorter side of the image in pixels (aspect kept, multiples of its patch), the
+    precision of its arithmetic, the views of an image whose mean a label is, and the network that found the sky (sha256
+    of its file, empty for none) with its class for sky."""
+
+    short_side: int
+    precision: str
+    flip: bool = False
+    scales: tuple[float, ...] = (1.0,)
+    sky_model: str = ""
+    sky_class: int | None = None
+
+    def __str__(self) -> str:
+        scales = " and ".join(f"{scale:g}" for scale in self.scales)
+        views = f"scale {scales}{', also mirrored' if self.flip else ''}"
+        sky = f", sky is class {self.sky_class} of network {self.sky_model[:12]}" if self.sky_model else ""
+        return f"shorter side {self.short_side} px, precision {self.precision}, {views}{sky}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabelsOf:
     """What a pseudo-label set was made from: the images (manifest name and digest), the teacher (hash of its bundle),
-    the rule that sets the resolution the teacher saw, the version of the code, and the stated licence of each thing
-    that the teacher was made from (`licences.stated_licences`; None in label sets that did not record it yet). `views`
-    says over which views of an image a label is the mean, `sky_model` which network found the sky; empty for none."""
+    the settings, the version of the code, and the stated licence of each thing that the teacher was made from
+    (`licences.stated_licences`). Settings and licences are None in label sets that did not record them yet; what these
+    say of their settings, in words, stands in `resolution`, `views` and `sky_model`."""
 
     images: str
     images_digest: str
     teacher_sha256: str
-    resolution: str
     code_version: str
+    settings: LabelSettings | None = None
     teacher_licences: dict[str, str] | None = None
+    resolution: str = ""
     views: str = ""
     sky_model: str = ""
 

@@ -88,7 +88,9 @@ def stated_facts(data: DataSet) -> dict[str, str]:
     if target.depth_range:
         stated["range"] = "{:g} to {:g} m".format(*target.depth_range)
     if manifest.labels_of:
-        stated["labels of"] = f"{manifest.labels_of.images} by teacher {manifest.labels_of.teacher_sha256[:12]}"
+        origin = manifest.labels_of
+        stated["labels of"] = f"{origin.images} by teacher {origin.teacher_sha256[:12]}"
+        stated["labelled with"] = str(origin.settings or origin.resolution)
     return stated
 
 
