@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from depthkit.data.decode import encode_disparity
-from depthkit.data.manifest import LabelsOf, Manifest, TargetSpec, load_manifest, save_manifest
+from depthkit.data.manifest import LabelSettings, LabelsOf, Manifest, TargetSpec, load_manifest, save_manifest
 from depthkit.data.writer import ShardWriter
 
 DEPTH = TargetSpec(quantity="depth", codec="png16", extension="depth.png", scale=1000)
@@ -89,6 +89,7 @@ def pseudo_labels(folder: Path, images: Path, keys: list[str], *, size: tuple[in
         images="rooms",
         images_digest=load_manifest(images).digest(),
         teacher_sha256="ab" * 32,
+        settings=LabelSettings(short_side=size[0], precision="32-true", flip=True),
         code_version="1",
     )
     return write_dataset(folder, dict.fromkeys(keys, members), DISPARITY, labels_of=origin)

@@ -100,3 +100,4 @@ def test_every_kind_of_set_has_its_section(tmp_path: Path) -> None:
     green = (tiles[-1][..., 1] > tiles[-1][..., 0].astype(int) + 30).mean()
     assert green > 0.005  # single points survive the way to a thumbnail
     assert str(missing) in html
+    assert "shorter side 32 px, precision 32-true, scale 1, also mirrored" in html
