@@ -1,7 +1,7 @@
 """What settings say together. Everything here is judged before a job is queued; no sample is opened."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from depthkit.models import Encoder
 
 
-def validate(config: TrainConfig) -> None:
-    """Raise `ConfigError` for the first combination of settings that cannot work, with both values in the message."""
+def validate(config: TrainConfig, pending: Collection[str] = ()) -> None:
+    """Raise `ConfigError` for the first combination of settings that cannot work, with both values in the message.
+
+    Label sets whose manifests are in `pending` are still to be written and are not looked at.
+    """
     if isinstance(config.stage, PseudoLabelConfig):
         return
     check_streams(config)
@@ -35,7 +38,7 @@ def validate(config: TrainConfig) -> None:
     kind: Kind | None = None if isinstance(config.stage, PretrainConfig) else "disparity"
     for group, datasets in (("labeled", config.data.labeled), ("unlabeled", config.data.unlabeled)):
         for name, dataset in datasets.items():
-            check_dataset(f"data.{group}.{name}", dataset, kind)
+            check_dataset(f"data.{group}.{name}", dataset, None if dataset.labels in pending else kind)
     for name, dataset in config.data.val.items():
         check_dataset(f"data.val.{name}", dataset, "depth")
     check_validation(config)
