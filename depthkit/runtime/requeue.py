@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -44,7 +44,7 @@ class Requeue(Checkpoint):
     def __init__(self) -> None:
         self._received: int | None = None
         self._old: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
-        self._group: torch.distributed.ProcessGroup | None = None
+        self._group: Any = None
         self._num_val_batches = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
