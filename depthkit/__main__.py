@@ -10,6 +10,7 @@ VERBS = {
     "inspect": ("depthkit.data.inspect", "check shards and labels against their manifest"),
     "train": ("depthkit.train", "train a stage: experiment=NAME and Hydra overrides"),
     "replay": ("depthkit.replay", "one training step again: its samples and losses: RUN_DIR --step N"),
+    "launch": ("depthkit.launch", "every stage of a recipe as Slurm jobs: recipe=da_v1 [dry_run=true]"),
     "label": ("depthkit.label", "pseudo-label images: bundle=TEACHER images=MANIFEST out=DIR"),
     "select": ("depthkit.select", "choose images by their labels: labels=MANIFEST out=FILE fraction=0.3"),
     "evaluate": ("depthkit.evaluation.evaluate", "metrics by a named protocol, with a report"),
