@@ -5,9 +5,11 @@ As a program it reads many damaged data sets and prints what went wrong in a way
 hang of the reader is seen by whoever started it.
 """
 
+import io
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import lightning as L
 import numpy as np
 import torch
 from handmade import grey_levels, write_dataset
@@ -279,6 +282,64 @@ def run_with_kills(
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [exit_code] * num_processes, log.read_text()[-3000:]
+
+
+class Phases(L.Callback):
+    """Writes down what a training process is at, `step`, `validation` or `write` of a checkpoint, and slows the latter
+    two, so that it can be killed there."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def mark(self, phase: str) -> None:
+        with Path(self.path).open("a") as file:
+            file.write(f"{phase}\n")
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        self.mark("start")
+        torch.save = self.save  # type: ignore[assignment]
+
+    def save(self, content: Any, file: Any) -> None:
+        whole = io.BytesIO()
+        SAVE(content, whole)
+        self.mark("write")
+        for part in np.array_split(np.frombuffer(whole.getvalue(), np.uint8), 10):
+            file.write(part)
+            file.flush()
+            time.sleep(0.02)
+        self.mark("written")
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.mark("step")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.mark("stepped")
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.mark("validation")
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        time.sleep(0.02)
+
+    def on_validation_end(self, *_: Any) -> None:
+        self.mark("validated")
+
+
+SAVE = torch.save
+
+
+def kill_in(command: Command, log: Path, marks: Path, phase: str, *, number: int, delay: float) -> str:
+    """Run a command that has `Phases(marks)`, kill it `delay` seconds after the start of its `number`-th `phase`, and
+    return the phase in which it died; `end` if it came to its end before."""
+    marks.write_text("")
+    process = start(command, log)
+    while marks.read_text().split().count(phase) < number and process.is_alive():
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), log.read_text()[-3000:]
+    return "end" if process.exitcode == 0 else marks.read_text().split()[-1]
 
 
 def finished_files(folder: Path) -> dict[str, bytes]:
