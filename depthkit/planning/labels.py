@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from depthkit.bundle import read_facts
 from depthkit.checks import size_multiple
 from depthkit.compose import to_config
-from depthkit.config import CONF_DIR, ConfigError, DatasetConfig, ModelConfig, PseudoLabelConfig
+from depthkit.config import CONF_DIR, DatasetConfig, ModelConfig, PseudoLabelConfig
 from depthkit.flops import forward_flops, num_parameters
 from depthkit.planning import amounts
 from depthkit.planning.amounts import Figure, Images
@@ -78,15 +78,14 @@ def teacher_of(config: PlanConfig, stage: PseudoLabelConfig) -> tuple[ModelConfi
 
 
 def images_to_label(config: PlanConfig, stage: PseudoLabelConfig) -> tuple[Images, str]:
-    """Those of stage.images, or of all unlabeled sets of the data group; without either a million."""
+    """Those of stage.images, or of all unlabeled sets of the data group; where that is not known, a million."""
     if stage.images:
-        found = amounts.images_of(DatasetConfig(manifest=stage.images), config)
-        if found is None:
-            raise ConfigError(
-                f"stage.images={stage.images}: no such file, and no published number of images by its name"
-            )
-        return found, stage.images
-    together = amounts.sum_of(amounts.images_of(each, config) for each in config.data.unlabeled.values())
-    if together is not None:
-        return together, f"all of data.unlabeled ({len(config.data.unlabeled)} sets)"
-    return Images(10**6, "assumed", 1e9 * config.image_kb, "assumed"), "stage.images=MANIFEST or data=GROUP says which"
+        found, source = amounts.images_of(DatasetConfig(manifest=stage.images), config), stage.images
+    else:
+        found = amounts.sum_of(amounts.images_of(each, config) for each in config.data.unlabeled.values())
+        source = (
+            f"data.unlabeled, {len(config.data.unlabeled)} sets" if found else "stage.images or data=GROUP says which"
+        )
+    if found is None:
+        return Images(10**6, "assumed", 1e9 * config.image_kb, "assumed"), f"a million, as an example: {source}"
+    return found, source
