@@ -10,6 +10,7 @@ VERBS = {
     "inspect": ("depthkit.data.inspect", "check shards and labels against their manifest"),
     "train": ("depthkit.train", "train a stage: experiment=NAME and Hydra overrides"),
     "replay": ("depthkit.replay", "one training step again: its samples and losses: RUN_DIR --step N"),
+    "plan": ("depthkit.planning.plan", "memory, time and disk of a run before it starts: experiment=NAME cluster=NAME"),
     "launch": ("depthkit.launch", "every stage of a recipe as Slurm jobs: recipe=da_v1 [dry_run=true]"),
     "label": ("depthkit.label", "pseudo-label images: bundle=TEACHER images=MANIFEST out=DIR"),
     "select": ("depthkit.select", "choose images by their labels: labels=MANIFEST out=FILE fraction=0.3"),
@@ -17,6 +18,7 @@ VERBS = {
     "predict": ("depthkit.inference.predict", "depth maps of images and videos: MODEL INPUT --out DIR"),
     "import": ("depthkit.importing", "published weights -> bundle: CHECKPOINT --out BUNDLE"),
     "export": ("depthkit.exporting", "bundle -> Hugging Face folder, ONNX or .pth: BUNDLE --format hf --out DIR"),
+    "sweep-report": ("depthkit.sweeps.report", "a sweep as table and pictures, and its best settings: DIR"),
     "demo": ("depthkit.demo", "the whole recipe on a small procedural world, in minutes on a CPU"),
 }
 
