@@ -13,6 +13,7 @@ from depthkit.data.windows import normalize
 from depthkit.evaluation.protocols import compare, protocol_id
 from depthkit.evaluation.report import UNIT_LABELS, encode, shrink
 from depthkit.files import atomic_write
+from depthkit.runtime.meter import samples_seen
 from depthkit.types import Batch, Rejection
 from depthkit.visualize import panel
 
@@ -45,8 +46,10 @@ class ImagePanels(L.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.folder / f"step-{trainer.global_step:08d}.png") as file:
             file.write(encode(picture, ".png"))
+        unit = UNIT_LABELS[protocol.unit]
+        caption = f"{title}: image | ground truth | prediction, aligned | relative error. Depth, one scale: {unit}"
         for logger in trainer.loggers:
-            log_picture(logger, picture, title, trainer.global_step)
+            log_picture(logger, picture, caption, trainer)
 
 
 def fixed_batches(dataset: Any, num_images: int) -> list[Batch]:
@@ -73,9 +76,11 @@ def draw(batch: Batch, prediction: Tensor, protocol: ProtocolConfig, title: str)
     return panel(image, target, aligned, valid_mask, unit=UNIT_LABELS[protocol.unit], title=title)
 
 
-def log_picture(logger: Logger, picture: np.ndarray, caption: str, step: int) -> None:
+def log_picture(logger: Logger, picture: np.ndarray, caption: str, trainer: L.Trainer) -> None:
     """Log the picture as `val/panels`; loggers without images do nothing."""
+    step = trainer.global_step
     if isinstance(logger, WandbLogger):
+        logger.log_metrics({"samples_seen": samples_seen(trainer)}, step=step)  # the place of the picture on the x-axis
         logger.log_image("val/panels", [picture], step=step, caption=[caption])
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image("val/panels", picture, step, dataformats="HWC")

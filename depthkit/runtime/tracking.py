@@ -9,10 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import hydra
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
 
+from depthkit.config import TrainConfig
 from depthkit.data.manifest import load_manifest
 from depthkit.files import atomic_write
 
@@ -65,6 +68,27 @@ class Lineage(L.Callback):
         for run in runs(trainer):
             run.summary.update(dict(metrics))
             run.log_artifact(bundle_artifact(str(self.bundle)), aliases=["latest", "best"])
+            run.finish()  # the next run of this process, as in a sweep, is another one
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.global_step < trainer.max_steps:
+            for run in runs(trainer):
+                run.finish()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        for run in runs(trainer):
+            run.finish(exit_code=1)
+
+
+def track_labels(config: TrainConfig, bundle: str, images: str, labels: str) -> None:
+    """A run of the labelling stage, where a wandb logger is asked for: teacher and images in, label set out."""
+    for settings in config.logger.values():
+        if settings["_target_"] == f"{__name__}.{wandb_logger.__name__}":
+            run = hydra.utils.instantiate(settings).experiment
+            run.config.update(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+            use(run, [bundle_artifact(bundle), manifest_artifact(images)])
+            run.log_artifact(manifest_artifact(labels), aliases=["latest"])
+            run.finish()
 
 
 def runs(trainer: L.Trainer) -> list[Any]:
