@@ -1,6 +1,6 @@
 """Sweeps as a user runs them: lists, searches that are interrupted, trials that fail or are pruned, and the report."""
 
-import json
+import csv
 import math
 import os
 import subprocess
@@ -9,13 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hydra
+import lightning as L
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from depthkit.config import TrainConfig
+from depthkit.checks import check_sizes, check_steps, check_streams
+from depthkit.compose import register_schemas, to_config
+from depthkit.config import CONF_DIR, TrainConfig
 from depthkit.hydra_entry import hydra_main
-from depthkit.sweeps import job, search
-from depthkit.sweeps.results import read_sweep
+from depthkit.sweeps import job, report, search
+from depthkit.sweeps.pruning import report as report_value
+from depthkit.sweeps.results import importances, read_sweep
+from depthkit.sweeps.space import as_overrides, probes, split
 from depthkit.sweeps.study import JOURNAL, load_study
+from depthkit.train import run as run_training
 
 optuna = pytest.importorskip("optuna", reason="pip install 'depthkit[sweep]'")
 
@@ -82,7 +92,6 @@ def test_repeated_list_starts_every_job_in_its_folder(tmp_path):
     assert multirun(tmp_path, *settings, run=remember) == 0
     assert multirun(tmp_path, *settings, run=remember) == 0
     assert folders == [("0", 1e-4), ("1", 1e-3)] * 2
-    assert json.loads((tmp_path / "1" / "job.json").read_text())["starts"] == 2
 
 
 def test_job_leaves_nothing_in_the_process(tmp_path, monkeypatch):
@@ -176,17 +185,16 @@ def test_interrupted_trial_goes_on_in_its_folder(tmp_path):
 
 
 def test_trial_that_always_kills_the_search_is_given_up(tmp_path):
-    def die(config: TrainConfig) -> float:
-        if Path(config.run_dir).name == "0":
-            raise SystemExit(9)
-        return quick(config)
+    def stop(config: TrainConfig) -> float:
+        raise SystemExit(9)
 
     arguments = [OPTUNA, RATE, "hydra.sweeper.n_trials=2"]
-    for _ in range(search.MAX_STARTS):
-        assert multirun(tmp_path, *arguments, run=die) == 9
-    assert multirun(tmp_path, *arguments, run=die) == 1
+    assert multirun(tmp_path, *arguments, run=stop) == 9
+    assert job.read_record(tmp_path / "0").deaths == 0, "a preempted trial may stop as often as it likes"
+    job.JobRecord(deaths=search.MAX_DEATHS).write(tmp_path / "0")
+    assert multirun(tmp_path, *arguments) == 1
     assert states(tmp_path) == ["FAIL", "COMPLETE"]
-    assert job.read_record(tmp_path / "0").error == "interrupted 3 times"
+    assert job.read_record(tmp_path / "0").error == "its process was killed 3 times"
 
 
 def test_preempted_search_stops_and_goes_on_when_repeated(tmp_path):
@@ -236,7 +244,7 @@ def test_killed_search_goes_on(tmp_path):
     codes = [subprocess.run(command, cwd=tmp_path, env=environment(), timeout=300).returncode for _ in range(2)]
     assert codes == [-9, 0]
     assert states(tmp_path / "s") == ["COMPLETE"] * 3
-    assert job.read_record(tmp_path / "s" / "1").starts == 2
+    assert job.read_record(tmp_path / "s" / "1").deaths == 1
 
 
 # --- refused before a trial starts -----------------------------------------------------------------------------------
@@ -296,3 +304,203 @@ def test_second_process_in_a_folder_is_refused(tmp_path, capsys):
         return quick(config)
 
     assert multirun(tmp_path, OPTUNA, RATE, "hydra.sweeper.n_trials=1", run=again) == 0
+
+
+# --- trials that others are ahead of ---------------------------------------------------------------------------------
+
+
+def test_pruner_ends_a_trial_that_is_behind(tmp_path):
+    """The study as the callback sees it: five trials are at 0.1 at step 2, the sixth is at 0.2."""
+
+    def validate(config: TrainConfig) -> float | None:
+        assert config.callbacks["pruning"]["journal"] == str(tmp_path / JOURNAL)
+        number = int(Path(config.run_dir).name)
+        is_pruned = report_value(
+            tmp_path / JOURNAL, config.callbacks["pruning"]["trial"], 2, 0.2 if number == 5 else 0.1
+        )
+        return None if is_pruned else quick(config)
+
+    assert multirun(tmp_path, OPTUNA, RATE, "hydra.sweeper.n_trials=7", run=validate) == 0
+    assert states(tmp_path) == ["COMPLETE"] * 5 + ["PRUNED", "COMPLETE"]
+    pruned = read_sweep(tmp_path).trials[5]
+    assert (pruned.state, pruned.value, pruned.step) == ("pruned", 0.2, 2)
+
+
+def test_search_without_a_pruner_adds_no_callback(tmp_path):
+    def look(config: TrainConfig) -> float:
+        assert "pruning" not in config.callbacks
+        return quick(config)
+
+    assert multirun(tmp_path, OPTUNA, RATE, "hydra.sweeper.n_trials=1", "hydra.sweeper.pruner=null", run=look) == 0
+
+
+@pytest.mark.slow
+def test_pruned_training_stops_at_its_validation(tiny_config, tmp_path):
+    """All trials before were at a value that no training reaches."""
+    study = load_study(tmp_path / JOURNAL)
+    study.set_user_attr("pruner", {"name": "MedianPruner", "args": {"n_startup_trials": 1}})
+    study.add_trial(optuna.trial.create_trial(value=1e-6, intermediate_values={2: 1e-6, 4: 1e-6}))
+    assert study.ask().number == 1
+    callback = f"+callbacks.pruning={{_target_:depthkit.sweeps.pruning.Pruning,journal:'{tmp_path / JOURNAL}',trial:1}}"
+    config = tiny_config("student", tmp_path / "1", "trainer.val_check_interval=2", callback)
+    seen: list[float] = []
+
+    class Look(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            seen.extend(float(value) for key, value in trainer.callback_metrics.items() if key.endswith("/abs_rel"))
+
+    assert run_training(config, [Look()]) is None
+    assert not (tmp_path / "1" / "bundle").exists()
+    (_, trial) = trials(tmp_path)
+    assert trial.state.name == "PRUNED"
+    assert list(trial.intermediate_values) == [2]
+    assert seen == [pytest.approx(trial.intermediate_values[2])]
+
+
+# --- the ready ones --------------------------------------------------------------------------------------------------
+
+
+def composed_points(name: str, experiment: str) -> list[TrainConfig]:
+    """The points of a ready sweep at which every choice and both ends of every range occur."""
+    register_schemas()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        base = [f"experiment={experiment}", f"sweep={name}"]
+        whole = hydra.compose("train", base, return_hydra_config=True)
+        space = split(OverridesParser.create().parse_overrides(as_overrides(dict(whole.hydra.sweeper.params))))[1]
+        return [to_config(hydra.compose("train", [*base, *as_overrides(point)])) for point in probes(space)]
+
+
+@pytest.mark.parametrize("experiment", ["tiny_student", "da_v1_student"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF_DIR / "sweep").glob("*.yaml")))
+def test_ready_sweep_works_with(name, experiment):
+    configs = composed_points(name, experiment)
+    assert len(configs) > 1
+    for config in configs:
+        check_streams(config)
+        check_sizes(config)
+        check_steps(config)
+    assert all(configs[0] != other for other in configs[1:])
+
+
+@pytest.mark.parametrize("path", sorted((CONF_DIR / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+def test_command_in_the_head_of_a_ready_sweep(path, compose):
+    commands = [line for line in path.read_text().splitlines() if line.startswith("#   depthkit train --multirun ")]
+    assert len(commands) == 2
+    for line in commands:
+        assert compose(*line.split()[4:]).data.val, "nothing to judge a trial by"
+
+
+def test_ready_grid_runs_every_combination_in_a_folder_of_its_own(tmp_path):
+    assert multirun(tmp_path / "student", "sweep=tolerance", "stage.tolerance_margin=0.1,0.2") == 0
+    found = read_sweep(tmp_path / "student_tolerance")
+    assert [tuple(trial.params.values()) for trial in found.trials] == [
+        (margin, strength) for margin in (0.1, 0.2) for strength in (0.25, 0.5, 0.75)
+    ]
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory) -> Path:
+    """A search with complete, pruned and failed trials."""
+    folder = tmp_path_factory.mktemp("searched")
+
+    def run(config: TrainConfig) -> float | None:
+        number = int(Path(config.run_dir).name)
+        if number == 3:
+            raise RuntimeError("out of memory")
+        if number == 8 and report_value(folder / JOURNAL, number, 250, 99.0):
+            return None
+        assert number == 8 or not report_value(folder / JOURNAL, number, 250, 1.0)
+        return quick(config)
+
+    space = [RATE, "stage.loss=choice(affine_invariant,scale_shift_invariant)"]
+    assert multirun(folder, OPTUNA, *space, "hydra.sweeper.n_trials=13", "optim.weight_decay=0.02", run=run) == 1
+    return folder
+
+
+def test_report_shows_every_trial(searched, tmp_path, capsys):
+    assert report.main([str(searched), "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "pruned at 250" in shown
+    assert "trial 3: RuntimeError: out of memory" in shown
+    with (tmp_path / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["state"] for row in rows if row["state"] != "complete"] == ["failed", "pruned"]
+    assert len(rows) == 13
+    best = min((row for row in rows if row["state"] == "complete"), key=lambda row: float(row["value"]))
+    assert f"best: trial {best['trial']}" in shown
+    for name in ("parallel_coordinates", "history", "importance"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_best_settings_are_an_experiment(searched, tmp_path):
+    """The file composes to the settings of the best trial, whatever stands in conf by then."""
+    assert report.main([str(searched), "--out", str(tmp_path)]) == 0
+    ran = []
+    argv, sys.argv = sys.argv, sys.argv
+    try:
+        assert hydra_main("train", ["--config-dir", str(tmp_path), "experiment=best"], ran.append) == 0
+    finally:
+        sys.argv = argv
+    (config,) = ran
+    best = read_sweep(searched).complete[0]
+    assert value_of(config) == pytest.approx(best.value)
+    expected = OmegaConf.load(searched / str(best.number) / "hydra" / "config.yaml")
+    expected.run_name, expected.run_dir = f"{searched.name}_best", "${paths.runs}/${run_name}"
+    del expected.callbacks["pruning"]
+    assert OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True) == OmegaConf.to_container(
+        expected, resolve=True
+    )
+
+
+def test_importance_names_what_matters(searched):
+    found = importances(read_sweep(searched))
+    assert found["optim.encoder_lr"] > 0.8 > found["stage.loss"]
+
+
+def test_report_of_a_folder_without_a_sweep(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 1
+    assert "no sweep" in capsys.readouterr().err
+
+
+def test_report_of_a_sweep_without_a_complete_trial(tmp_path, capsys):
+    def fail(config: TrainConfig) -> float:
+        raise ValueError("nothing works")
+
+    assert multirun(tmp_path, "optim.encoder_lr=1e-4,1e-3", run=fail) == 1
+    assert report.main([str(tmp_path)]) == 0
+    assert "no trial is complete" in capsys.readouterr().out
+
+
+# --- wandb -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_command_of_a_wandb_agent_logs_the_metric_of_the_sweep(tiny_settings, tmp_path, monkeypatch):
+    """What `wandb agent` starts for one trial of scripts/wandb_sweep.yaml, as wandb itself makes the command of it."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    settings = OmegaConf.to_container(OmegaConf.load(ROOT / "scripts" / "wandb_sweep.yaml"), resolve=False)
+    values = {"optim.encoder_lr": 1e-05, "optim.decoder_lr_multiplier": 7.5, "stage.tolerance_margin": 0.1}
+    assert values.keys() == settings["parameters"].keys()
+    arguments = {name: {"value": value} for name, value in values.items()}
+    macros = create_sweep_command_args({"args": arguments}) | {"env": ["/usr/bin/env"]}
+    command = []
+    for part in create_sweep_command(list(settings["command"])):
+        is_macro = part.startswith("${") and part.endswith("}")
+        command += macros[part[2:-1]] if is_macro else [part]
+    assert command[:3] == ["/usr/bin/env", settings["program"], "train"]
+    tiny = [item for item in tiny_settings("student", tmp_path) if not item.startswith(("run_dir", "optim"))]
+    tiny += ["optim.warmup_steps=0", "trainer.val_check_interval=3", "stage.encoder_weights=null"]
+    offline = environment(WANDB_MODE="offline", WANDB_RUN_ID="abc123", WANDB_SWEEP_ID="s1", WANDB_SILENT="true")
+    start = [sys.executable, "-m", "depthkit", *command[2:], *tiny]
+    result = subprocess.run(start, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr
+    run_dir = tmp_path / "runs" / "wandb_sweep" / "abc123"
+    settings_of_run = OmegaConf.load(run_dir / "config.yaml")
+    assert settings_of_run.optim.encoder_lr == 1e-5
+    assert settings_of_run.stage.tolerance_margin == 0.1
+    (record,) = run_dir.rglob("run-*.wandb")
+    assert settings["metric"]["name"].encode() in record.read_bytes()

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class JobRecord:
     """`job.json`: how a job of a sweep ended, over every time that it was started."""
 
-    starts: int = 0
-    seconds: float = 0.0  # of all starts that ended by themselves
+    deaths: int = 0  # starts that nothing was heard of again: killed, out of memory, or still running
+    seconds: float = 0.0  # of the other ones
     value: float | None = None  # what the sweep minimises
     error: str | None = None
 
@@ -45,7 +45,7 @@ def run_job(folder: Path, run: Callable[[], float | None]) -> float | None:
             record.write(folder)
 
     before = read_record(folder)
-    record = JobRecord(starts=before.starts + 1, seconds=before.seconds)
+    record = JobRecord(deaths=before.deaths + 1, seconds=before.seconds)
     write()
     start = time.monotonic()
     try:
@@ -56,6 +56,7 @@ def run_job(folder: Path, run: Callable[[], float | None]) -> float | None:
         log.exception("this job of the sweep failed")  # with Hydra, into a file in the folder too
         raise
     finally:
+        record.deaths = before.deaths
         record.seconds += time.monotonic() - start
         write()
     return record.value

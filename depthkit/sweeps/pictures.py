@@ -29,20 +29,22 @@ class Axis:
 
     def __post_init__(self) -> None:
         self.is_numeric = all(map(is_number, self.values))
-        self.distinct = sorted(set(self.values)) if self.is_numeric else sorted({str(value) for value in self.values})
+        self.distinct: list[Any] = (
+            sorted(set(self.values)) if self.is_numeric else sorted({str(value) for value in self.values})
+        )
 
     def position(self, value: Any) -> float:
         if not self.is_numeric:
             return (self.distinct.index(str(value)) + 0.5) / len(self.distinct)
-        low, high, here = (np.log(x) if self.log else x for x in (self.distinct[0], self.distinct[-1], value))
-        return 0.5 if low == high else float((here - low) / (high - low))
+        low, high, here = (float(np.log(x) if self.log else x) for x in (self.distinct[0], self.distinct[-1], value))
+        return 0.5 if low == high else (here - low) / (high - low)
 
     def ticks(self) -> list[tuple[float, str]]:
         if not self.is_numeric or len(self.distinct) <= MAX_VALUES:
             shown = self.distinct
         else:
             low, high = self.distinct[0], self.distinct[-1]
-            locator: Any = LogLocator(subs=(1, 3)) if self.log else MaxNLocator(6)
+            locator: Any = LogLocator(subs=(1, 2, 5) if high < 100 * low else (1, 3)) if self.log else MaxNLocator(6)
             shown = [x for x in locator.tick_values(low, high) if low <= x <= high]
         return [(self.position(x), f"{x:.4g}" if self.is_numeric else str(x)) for x in shown]
 
@@ -112,10 +114,10 @@ def draw_parallel(sweep: Sweep) -> Any:
     for trial in [each for each in sweep.trials if each.state != "complete"] + sweep.complete[::-1]:
         draw_line(plot, trial, axes, scale, is_best=trial is sweep.complete[0])
     for x, axis in enumerate(axes):
-        draw_axis(plot, x, axis)
+        draw_axis(plot, x, axis, side=1 if axis is axes[-1] else -1)
     if scale.is_cut:
-        plot.text(len(axes) - 0.95, 1.0, "or more", va="center", fontsize=8)
-    plot.set_xlim(-0.5, len(axes) - 0.6)
+        plot.text(len(axes) - 0.965, 1.0, f"{scale.end:.3g} or more", va="center", fontsize=8)
+    plot.set_xlim(-0.5, len(axes) - 0.5)
     plot.set_ylim(-0.05, 1.05)
     plot.set_axis_off()
     figure.suptitle(f"{counts(sweep)}  (grey: pruned or unfinished, red: failed, thick: the best)", fontsize=10)
@@ -134,12 +136,22 @@ def draw_line(plot: Any, trial: Trial, axes: list[Axis], scale: Scale, *, is_bes
     plot.plot(*zip(*points, strict=True), alpha=0.9, solid_capstyle="round", **style)
 
 
-def draw_axis(plot: Any, x: int, axis: Axis) -> None:
+def draw_axis(plot: Any, x: int, axis: Axis, *, side: int) -> None:
+    """`side`: of the labels, -1 left or 1 right."""
     plot.plot([x, x], [0, 1], color="0.2", linewidth=1.0, zorder=3)
     for position, text in axis.ticks():
-        plot.plot([x - 0.02, x], [position, position], color="0.2", linewidth=1.0, zorder=3)
+        plot.plot([x + 0.02 * side, x], [position, position], color="0.2", linewidth=1.0, zorder=3)
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-        plot.text(x - 0.035, position, text, ha="right", va="center", fontsize=8, zorder=4, bbox=box)
+        plot.text(
+            x + 0.035 * side,
+            position,
+            text,
+            ha="right" if side < 0 else "left",
+            va="center",
+            fontsize=8,
+            zorder=4,
+            bbox=box,
+        )
     label = axis.name.replace("/", "\n") if "/" in axis.name else axis.name.replace(".", ".\n")
     plot.text(x, 1.04, label, ha="center", va="bottom", fontsize=9)
 
@@ -154,8 +166,8 @@ def draw_history(sweep: Sweep) -> Any:
     in_order = [trial for trial in sweep.trials if trial.state == "complete"]
     numbers = [trial.number for trial in in_order]
     values = [trial.value or 0.0 for trial in in_order]
-    plot.step(numbers, np.minimum.accumulate(values), where="post", color="0.2", linewidth=1.0, label="best so far")
     cut = [scale.cut(value) for value in values]
+    plot.step(numbers, np.minimum.accumulate(cut), where="post", color="0.2", linewidth=1.0, label="best so far")
     plot.scatter(numbers, cut, c=[scale.color(value) for value in values], s=40, zorder=3, label="complete")
     pruned = [
         (trial.number, scale.cut(trial.value)) for trial in sweep.trials if trial.state == "pruned" and trial.value

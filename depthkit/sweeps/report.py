@@ -5,8 +5,10 @@ import csv
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -45,7 +47,10 @@ def report(sweep: Sweep, out: Path) -> None:
     from depthkit.sweeps.pictures import draw
 
     (out / "experiment").mkdir(parents=True, exist_ok=True)
-    Console().print(table(sweep))
+    Console(width=None if sys.stdout.isatty() else 240).print(table(sweep))
+    for trial in sweep.trials:
+        if trial.error:
+            print(f"trial {trial.number}: {trial.error.splitlines()[0]}")
     write(out / "trials.csv", as_csv(sweep))
     draw(sweep, importances(sweep), out)
     if not sweep.complete:
@@ -64,16 +69,17 @@ def write(path: Path, text: str) -> None:
 
 def table(sweep: Sweep) -> Table:
     """Trials, best first; then pruned, unfinished and failed ones."""
-    shown = Table(title=f"{sweep.folder}: {sweep.metric}, smaller is better")
+    shown = Table(
+        title=f"{sweep.folder}\nvalue: {sweep.metric}, smaller is better", box=SIMPLE_HEAD, title_justify="left"
+    )
     for name in ("trial", "state", "value", "time", *sweep.params):
-        shown.add_column(name, justify="left" if name == "state" else "right", overflow="fold")
+        shown.add_column(name.rpartition(".")[2], justify="left" if name == "state" else "right", overflow="fold")
     for trial in sorted(sweep.trials, key=lambda each: (ORDER[each.state], each.value or 0.0, each.number)):
-        state = f"pruned at step {trial.step}" if trial.state == "pruned" else trial.state
+        state = f"pruned at {trial.step}" if trial.state == "pruned" else trial.state
         value = "" if trial.value is None else f"{trial.value:.4g}"
         params = [shorten(trial.params.get(key, "")) for key in sweep.params]
-        shown.add_row(str(trial.number), state, value, clock(trial.seconds), *params)
-        if trial.error:
-            shown.add_row("", trial.error.splitlines()[0], style="red")
+        style = {"failed": "red", "complete": ""}.get(trial.state, "dim")
+        shown.add_row(str(trial.number), state, value, clock(trial.seconds), *params, style=style)
     return shown
 
 
@@ -101,7 +107,7 @@ GROUPS = ("model", "data", "optim", "trainer", "protocol", "logger", "callbacks"
 
 def as_experiment(sweep: Sweep, trial: Trial, out: Path) -> str:
     """All settings of a trial as a file of the group `experiment`, which depends on no other file of conf."""
-    settings = OmegaConf.load(sweep.folder / str(trial.number) / "hydra" / "config.yaml")
+    settings: Any = OmegaConf.load(sweep.folder / str(trial.number) / "hydra" / "config.yaml")
     stage = settings.stage.name
     settings.run_name = f"{sweep.folder.name}_best"
     settings.pop("run_dir")  # as in conf/train.yaml: from run_name

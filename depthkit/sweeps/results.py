@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from depthkit.bundle import read_facts
 from depthkit.sweeps.job import read_record
@@ -42,7 +42,7 @@ class Sweep:
         """The metric that was minimised, with its protocol."""
         for trial in self.complete:
             bundle = self.folder / str(trial.number) / "bundle"
-            if bundle.is_dir():
+            if (bundle / "model.json").is_file():
                 names = [name for name in read_facts(bundle).provenance["metrics"] if name.endswith("/abs_rel")]
                 return names[0] if names else "value"
         return "value"
@@ -83,7 +83,7 @@ def read_lists(folder: Path) -> Sweep:
     for path in sorted(folder.glob("[0-9]*/hydra/overrides.yaml"), key=lambda path: int(path.parents[1].name)):
         job = path.parents[1]
         record = read_record(job)
-        given = dict(item.split("=", 1) for item in yaml.safe_load(path.read_text()) if "=" in item)
+        given = dict(str(item).split("=", 1) for item in OmegaConf.load(path) if "=" in str(item))
         trials.append(
             Trial(
                 number=int(job.name),
@@ -108,12 +108,9 @@ def read_lists(folder: Path) -> Sweep:
 
 
 def as_value(text: str) -> Any:
-    """A value of the command line as YAML, and a number as YAML 1.1 does not read it (1e-5)."""
-    value = yaml.safe_load(text)
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    """A value of the command line; YAML alone would read 1e-5 as a text."""
+    container: Any = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))
+    return container["value"]
 
 
 def importances(sweep: Sweep) -> dict[str, float]:

@@ -23,8 +23,8 @@ from depthkit.sweeps.study import JOURNAL, need_optuna, own_study
 if TYPE_CHECKING:
     import optuna
 
-MAX_STARTS = 3
-"""Times that a trial is started: one that never ends (memory, a broken node) must not hold the search for ever."""
+MAX_DEATHS = 3
+"""Times that a trial may die with its process; one that runs out of memory must not kill the search for ever."""
 
 
 def search(
@@ -173,8 +173,8 @@ class Search:
     def run_trial(self, number: int) -> None:
         """Launch a trial, tell its result."""
         folder = self.folder / str(number)
-        if read_record(folder).starts >= MAX_STARTS:
-            self.fail(number, f"interrupted {MAX_STARTS} times")
+        if read_record(folder).deaths >= MAX_DEATHS:
+            self.fail(number, f"its process was killed {MAX_DEATHS} times")
             return
         overrides = [*self.fixed, *as_overrides(self.study.trials[number].params), f"hydra.sweep.subdir={number}"]
         if self.config.pruner:
