@@ -1,5 +1,6 @@
 """Images per second and core: depthkit's training streams beside plain Datasets that read the same files with OpenCV,
-and beside a stock webdataset pipeline over the same shard with the same decode.
+and beside a stock webdataset pipeline over the same shard with the same decode. Then labels per second and core into a
+shard, beside the same with PNGs as OpenCV compresses them.
 
     python scripts/benchmark_data.py                   # procedural pictures
     python scripts/benchmark_data.py --images FOLDER   # pictures of your own, with procedural depth
@@ -273,6 +274,51 @@ def time_row(folder: Path, row: Row, *, num_images: int, rounds: int) -> tuple[f
     return statistics.median(rates[0]), statistics.median(rates[1])
 
 
+# --- the label writer ------------------------------------------------------------------------------------------------
+
+
+def plain_png(disparity: np.ndarray, *options: int) -> tuple[bytes, dict[str, float]]:
+    """The codes of `encode_disparity`, compressed as `options` say."""
+    values = disparity.astype(np.float64)
+    offset, scale = float(values.min()), float(np.ptp(values))
+    _, data = cv2.imencode(".png", np.rint((values - offset) * (65535 / scale)).astype(np.uint16), options)
+    return data.tobytes(), {"scale": scale, "offset": offset}
+
+
+ENCODERS: dict[str, Callable[[np.ndarray], tuple[bytes, dict[str, float]]]] = {
+    "depthkit": encode_disparity,
+    "PNG as cv2.imencode has it": plain_png,
+    "PNG with zlib level 6": lambda disparity: plain_png(disparity, cv2.IMWRITE_PNG_COMPRESSION, 6),
+}
+
+
+def rough_label(depth: np.ndarray, noise: float) -> np.ndarray:
+    """A disparity with `noise` of its range; that of a network's output is between none and 1e-3."""
+    smooth = pseudo_label(depth, inference_size(depth.shape, CROP, PATCH))
+    return (smooth + np.random.default_rng(0).normal(0, noise * np.ptp(smooth), smooth.shape)).astype(np.float32)
+
+
+def print_writer(folder: Path, sources: list[Source], rounds: int, *, noise: float) -> None:
+    """Medians over rounds of every label once, encoded and written to a tar."""
+    labels = [rough_label(source.depth, noise) for source in sources]
+    rates: dict[str, list[float]] = {name: [] for name in ENCODERS}
+    num_bytes = {}
+    for number in range(rounds):
+        for name, encode_label in ENCODERS.items():
+            with ShardWriter(folder / f"{number}-{name}.tar") as writer:
+                start = time.process_time()
+                for index, disparity in enumerate(labels):
+                    png, facts = encode_label(disparity)
+                    writer.add(f"{index:04d}", {"disparity.png": png, "json": json.dumps(facts).encode()})
+                rates[name].append(len(labels) / (time.process_time() - start))
+                num_bytes[name] = writer.close().num_bytes / len(labels)
+    medians = {name: statistics.median(rate) for name, rate in rates.items()}
+    print("{}x{} labels of 16 bits, noise {}".format(*labels[0].shape, noise))
+    for name, rate in medians.items():
+        speed = f"{rate:6.1f} labels/s {rate * labels[0].size * 2 / 1e6:6.1f} MB/s {num_bytes[name] / 1e3:6.0f} kB each"
+        print(f"  {name:28} {speed}  depthkit is {medians['depthkit'] / rate:.2f} times as fast", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of .jpg and .png pictures; default: procedural ones")
@@ -295,6 +341,8 @@ def main() -> None:
                 ratios.append(ours / plain)
                 rates = f"{ours:7.1f} im/s {plain:7.1f} im/s"
                 print(f"{name:15} {row.stream:10}  {rates} {ratios[-1]:6.2f}  {row.reader}: {row.prepare}", flush=True)
+        for noise in (1e-3, 0.0):
+            print_writer(Path(folder), sources, rounds, noise=noise)
     print(f"ratio of the first row (largest source, {ROWS[0].prepare}): {ratios[0]:.2f}")
 
 
