@@ -1,6 +1,5 @@
 """What settings say together. Everything here is judged before a job is queued; no sample is opened."""
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from depthkit.config import (
 from depthkit.data.manifest import load_manifest
 from depthkit.data.reader import labels_manifest, selected_samples, usable_target
 from depthkit.data.remote import is_remote
+from depthkit.trainer_checks import check_trainer, zero_stage
 from depthkit.types import Kind
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def validate(config: TrainConfig, pending: Collection[str] = ()) -> None:
 
     Label sets whose manifests are in `pending` are still to be written and are not looked at.
     """
+    check_trainer(config.trainer, config.stage)
     if isinstance(config.stage, PseudoLabelConfig):
         return
     check_streams(config)
@@ -107,13 +108,9 @@ def check_warmup(config: TrainConfig) -> None:
 
 def check_averaging(config: TrainConfig) -> None:
     """Every rank has all weights to average."""
-    trainer, decay = config.trainer, config.optim.ema_decay
-    if decay is not None and trainer.strategy == "deepspeed":
-        stage = trainer.zero_stage
-        if trainer.deepspeed_config is not None:
-            stage = json.loads(Path(trainer.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage", 0)
-        allowed = "null with ZeRO stage 3, which spreads the weights over the ranks; stages 1 and 2 can average them"
-        check(stage < 3, "optim.ema_decay", decay, allowed)
+    allowed = "null with ZeRO stage 3, which spreads the weights over the ranks; stages 1 and 2 can average them"
+    decay = config.optim.ema_decay
+    check(decay is None or zero_stage(config.trainer) < 3, "optim.ema_decay", decay, allowed)
 
 
 def check_best(config: TrainConfig) -> None:
@@ -159,6 +156,14 @@ def check_model(config: TrainConfig) -> None:
         is_plain = isinstance(describe_encoder(config.model), PlainEncoder)
         allowed = "a vision transformer with class token and learned positions for stage=pretrain: it hides patches"
         check(is_plain, "model.encoder", config.model.encoder, allowed)
+    if config.trainer.activation_checkpointing:
+        try:
+            describe_encoder(config.model).checkpoint_activations()
+        except (AttributeError, AssertionError) as error:
+            reason = f"timm cannot run parts of it again in the backward pass ({error})"
+            raise ConfigError(
+                f"trainer.activation_checkpointing=True and model.encoder={config.model.encoder}: {reason}"
+            ) from error
 
 
 def size_multiple(model: ModelConfig) -> int:

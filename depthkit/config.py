@@ -332,6 +332,13 @@ class EvaluateConfig:
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
+TRAINER_CHOICES: dict[str, tuple[Any, ...]] = {
+    "strategy": ("auto", "ddp", "deepspeed"),
+    "zero_stage": (None, 1, 2, 3),
+    "precision": ("32-true", "bf16-mixed", "16-mixed"),
+}
+
+
 @dataclass(kw_only=True)
 class TrainerConfig:
     """Arguments of `lightning.Trainer`, and how the model runs on the devices; refused when misspelt."""
@@ -341,13 +348,13 @@ class TrainerConfig:
     devices: int = 1  # processes per node
     num_nodes: int = 1
     strategy: str = "auto"  # auto | ddp | deepspeed
-    zero_stage: int = 2  # 1 | 2 | 3, with strategy=deepspeed: what is split over the ranks
+    zero_stage: int | None = None  # 1 | 2 | 3, with strategy=deepspeed: optimizer state | + gradients | + weights split
     offload: bool = False  # with strategy=deepspeed: optimizer state in host memory, with zero_stage=3 weights too
     deepspeed_config: str | None = None  # path of a DeepSpeed JSON, in the place of zero_stage and offload
     activation_checkpointing: bool = False  # compute encoder blocks again in the backward pass: less memory
     compile: bool = False  # torch.compile the model: slow at first
     channels_last: bool = False  # memory format of the decoder
-    precision: str = "32-true"
+    precision: str = "32-true"  # 32-true | bf16-mixed | 16-mixed: of autocast; weights are float32
     max_steps: int = -1  # optimizer steps; -1 = from `sweeps`
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = None  # norm
@@ -356,6 +363,14 @@ class TrainerConfig:
     log_every_n_steps: int = 10
     enable_progress_bar: bool = True
     enable_model_summary: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in TRAINER_CHOICES.items():
+            value = getattr(self, name)
+            check(value in allowed, f"trainer.{name}", value, "one of " + ", ".join(map(str, allowed)))
+        check(self.accumulate_grad_batches > 0, "trainer.accumulate_grad_batches", self.accumulate_grad_batches, "> 0")
+        clip = self.gradient_clip_val
+        check(clip is None or clip > 0, "trainer.gradient_clip_val", clip, "a norm > 0, or null")
 
 
 @dataclass(kw_only=True)

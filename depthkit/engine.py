@@ -1,4 +1,4 @@
-"""The Trainer of a run: strategy, precision, callbacks and loggers from the settings."""
+"""The Trainer of a run: strategy, precision, callbacks and loggers from the settings; and how its model is run."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,16 +7,19 @@ from pathlib import Path
 
 import hydra
 import lightning as L
+import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 
-from depthkit.config import TrainConfig
+from depthkit.config import TrainConfig, TrainerConfig
+from depthkit.models import Encoder
 from depthkit.provenance import run_facts
 from depthkit.runtime.averaging import WeightAverage
 from depthkit.runtime.checkpoint import AtomicCheckpointIO, RunFacts
 from depthkit.runtime.quarantine import QuarantineMonitor
 from depthkit.runtime.requeue import Requeue, slurm_environment
 from depthkit.runtime.seeding import SeedBatches
+from depthkit.stages.base import DepthModule
 
 
 def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Trainer:
@@ -29,7 +32,13 @@ def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Tra
     arguments = asdict(config.trainer)
     interval = arguments.pop("val_check_interval") or config.trainer.max_steps + 1
     for name in ("zero_stage", "offload", "deepspeed_config", "activation_checkpointing", "compile", "channels_last"):
-        arguments.pop(name)
+        arguments.pop(name)  # not Lightning's
+    if config.trainer.strategy == "deepspeed":
+        from depthkit.runtime.deepspeed_strategy import build_deepspeed
+
+        world_size = config.trainer.devices * config.trainer.num_nodes
+        arguments["strategy"] = build_deepspeed(config.trainer, images_per_rank=config.data.batch_size // world_size)
+        arguments["precision"] = "32-true"  # of the weights; DeepSpeed has the autocast
     arguments.pop("limit_val_batches")  # counted in images per data set, by the data module
     return hydra.utils.instantiate(
         arguments,
@@ -53,3 +62,15 @@ def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Tra
         use_distributed_sampler=False,
         default_root_dir=run_dir,
     )
+
+
+def prepare_model(module: L.LightningModule, trainer: TrainerConfig) -> None:
+    """Recomputation, memory format and compilation as asked for. Names and values of the weights stay what they are."""
+    model = module.model if isinstance(module, DepthModule) else None
+    if trainer.activation_checkpointing:
+        encoder: Encoder = model.encoder if model else module.encoder  # type: ignore[assignment]
+        encoder.checkpoint_activations()
+    if model and trainer.channels_last:
+        model.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if model and trainer.compile:
+        model.compile()

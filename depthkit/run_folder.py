@@ -8,16 +8,24 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
-from depthkit.config import ConfigError, TrainConfig
+from depthkit.config import ConfigError, TrainConfig, TrainerConfig
 from depthkit.files import atomic_write
 from depthkit.provenance import data_digests
 from depthkit.runtime.checkpoint import is_whole, newest_checkpoint, read_facts, remove, steps_of
+from depthkit.runtime.sharded_checkpoint import describe_split, split_of
+from depthkit.trainer_checks import zero_stage
 
 MAY_DIFFER_ON_RESUME = (
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",
+    "trainer.zero_stage",
+    "trainer.offload",
+    "trainer.deepspeed_config",
+    "trainer.activation_checkpointing",
+    "trainer.compile",
+    "trainer.channels_last",
     "trainer.val_check_interval",
     "trainer.limit_val_batches",
     "trainer.log_every_n_steps",
@@ -62,6 +70,7 @@ def enter(config: TrainConfig) -> tuple[Path | None, bool]:
         before, may_differ = read_facts(path)["config"], (*MAY_DIFFER_ON_RESUME, "trainer.max_steps", "sweeps")
         set_aside(run_dir, ["bundle", *later_than(path, checkpoints)])
     if checkpoint is not None:
+        check_engine(config.trainer, checkpoint)
         compare_network_and_data(config, checkpoint)
     if before is not None:
         compare_settings(config, before, may_differ, path or run_dir)
@@ -100,6 +109,18 @@ def check_given(path: Path) -> Path:
     if not read_facts(path):
         raise ConfigError(f"{given} is no checkpoint of a training run; `depthkit import` reads published weights")
     return path
+
+
+def check_engine(trainer: TrainerConfig, path: Path) -> None:
+    """ConfigError where the engine cannot read the checkpoint: DeepSpeed splits optimizer state over its processes."""
+    world_size = trainer.devices * trainer.num_nodes
+    now, before = describe_split(zero_stage(trainer), world_size), split_of(path)
+    if before != now:
+        raise ConfigError(
+            f"{path} is {before}, and this run is {now}. Go on with that engine (trainer=..., trainer.devices, "
+            "trainer.num_nodes); or keep the weights alone: depthkit export CHECKPOINT --format bundle --out BUNDLE, "
+            "and a run of another name with stage.encoder_weights=BUNDLE"
+        )
 
 
 def compare_network_and_data(config: TrainConfig, path: Path) -> None:

@@ -17,13 +17,14 @@ from depthkit.config import (
 )
 from depthkit.data.cache import ShardCache
 from depthkit.data.datamodule import DepthDataModule
-from depthkit.engine import build_trainer
+from depthkit.engine import build_trainer, prepare_model
 from depthkit.hydra_entry import hydra_main
 from depthkit.label import label
 from depthkit.models import DepthModel, PlainEncoder, build_encoder, build_model
 from depthkit.provenance import provenance
 from depthkit.reporting import reporters
 from depthkit.run_folder import enter
+from depthkit.runtime.deepspeed_strategy import whole_weights
 from depthkit.runtime.meter import val_metrics
 from depthkit.runtime.summary import finish
 from depthkit.stages.base import DepthModule, val_name
@@ -59,6 +60,7 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
         return read_facts(run_dir / "bundle").provenance["metrics"].get(val_name(config.protocol, "abs_rel"))
 
     module = STAGES[type(config.stage)](config)
+    prepare_model(module, config.trainer)
     data = build_data(config)
     trainer = build_trainer(config, [*reporters(config, module), *callbacks])
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
@@ -68,9 +70,10 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
     if config.data.val and not isinstance(module, PretrainModule):
         trainer.validate(module, data, verbose=False)
         metrics = val_metrics(trainer)
-    if trainer.is_global_zero:
-        write_bundle(config, module, metrics)
-    trainer.strategy.barrier("bundle")
+    with whole_weights(module):
+        if trainer.is_global_zero:
+            write_bundle(config, module, metrics)
+        trainer.strategy.barrier("bundle")
     finish(trainer, metrics)
     return metrics.get(val_name(config.protocol, "abs_rel"))
 

@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 DINOV2_OFFSET = 0.1
 """Added to the patch grid before the position embedding is interpolated, as in DINOv2's `interpolate_pos_encoding`."""
@@ -33,6 +34,11 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """`image` (B, 3, H, W) to four taps (B, D_i, H / s_i, W / s_i), shallow first, and the final features."""
         raise NotImplementedError
+
+    def checkpoint_activations(self) -> None:
+        """Keep the inputs of blocks alone, and run a block again in the backward pass: less memory, same gradients."""
+        (net,) = self.children()
+        net.set_grad_checkpointing()
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """(h, w) of the final features; ValueError unless the sides of `image` are multiples of `multiple`."""
@@ -79,11 +85,14 @@ class PlainEncoder(Encoder):
         tokens = self.vit.norm_pre(tokens + position)
         taps: list[Tensor] = []
         for index, block in enumerate(self.vit.blocks):
-            tokens = block(tokens)
+            tokens = self.run(block, tokens)
             if index in self.tap_layers:
                 taps.append(self.to_map(tokens, grid))
         features = taps[-1] if self.tap_layers[-1] == len(self.vit.blocks) - 1 else self.to_map(tokens, grid)
         return taps, features
+
+    def run(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        return checkpoint(block, tokens, use_reentrant=False) if self.vit.grad_checkpointing else block(tokens)
 
     def to_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Block output (B, prefix + h w, D) to a normalised map (B, D, h, w)."""

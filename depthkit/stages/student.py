@@ -1,8 +1,9 @@
 """Stage 3: a student on labeled and pseudo-labeled images, under strong perturbation and feature alignment."""
 
-from typing import Self
+from typing import Any
 
 import torch
+from torch import nn
 
 from depthkit.config import OptimConfig, ProtocolConfig, StudentConfig
 from depthkit.losses import cutmix_loss, feature_alignment_loss
@@ -27,6 +28,7 @@ class StudentModule(DepthModule):
         protocol: ProtocolConfig,
     ) -> None:
         super().__init__(model, stage, optim, protocol)
+        self.frozen_encoder: Encoder | None
         weight = stage.gradient_matching_weight
         self.labeled_loss = supervised_loss(stage.loss, gradient_matching_weight=weight)
         self.unlabeled_loss = supervised_loss(
@@ -38,13 +40,22 @@ class StudentModule(DepthModule):
             "unlabeled": stage.unlabeled_weight,
             "feature": stage.feature_weight,
         }
-        self.frozen_encoder = None if frozen_encoder is None else frozen_encoder.requires_grad_(False).eval()
+        # Not a submodule: no checkpoint holds it, no optimizer sees it and no strategy splits it.
+        object.__setattr__(self, "frozen_encoder", frozen_encoder and frozen_encoder.requires_grad_(False).eval())
 
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
+    def on_fit_start(self) -> None:
         if self.frozen_encoder is not None:
-            self.frozen_encoder.eval()
-        return self
+            self.frozen_encoder.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["frozen_encoder"] = fingerprint(self.frozen_encoder)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint["frozen_encoder"] != fingerprint(self.frozen_encoder):
+            raise ValueError(
+                f"stage.encoder_weights={self.stage.encoder_weights}: the weights there are others than those that this"
+                " run began with; bring those back, or start over with resume=never"
+            )
 
     def training_step(self, batch: StudentBatch, batch_idx: int) -> StepOutput:
         unlabeled = batch["unlabeled"]
@@ -70,3 +81,10 @@ class StudentModule(DepthModule):
                 output.features[num_labeled:], frozen_features, tolerance_margin=self.tolerance_margin
             )
         return self.weigh(parts, self.weights)
+
+
+def fingerprint(module: nn.Module | None) -> list[int]:
+    """A number for each parameter that changes with any of its bits, on every device the same."""
+    if module is None:
+        return []
+    return torch.stack([torch.hash_tensor(parameter) for parameter in module.parameters()]).view(torch.int64).tolist()
