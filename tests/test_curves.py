@@ -1,5 +1,6 @@
 """The CSV file of a run: one row for each step, whatever logs at it, and however often the run was begun again."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,13 @@ def test_a_row_cut_by_a_kill_is_left_out_or_whole(tmp_path, cut):
     rows = read_curves(path)
     assert [row["step"] for row in rows if row["step"] != 2] == [1, 3]
     assert all(row == {"step": 2, "a": 3.25, "b": 4.5} for row in rows if row["step"] == 2)
+
+
+def test_the_snippet_of_the_docs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "monitoring.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    write(tmp_path / "runs/tiny_teacher/csv", (1, {"loss": 0.5, "samples_seen": 8}), (2, {"val/p@1/abs_rel": 0.1}))
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(snippet, found)
+    assert found["losses"] == [(8, 0.5)]
