@@ -224,13 +224,12 @@ def test_good_steps_do_not_wait_for_the_device(tmp_path):
 # --- several ranks ---------------------------------------------------------------------------------------------------
 
 RANKS = """
-import sys
+import os, sys
 from pathlib import Path
 import torch
 from test_non_finite import Small, guard, train
 
 run_dir, how, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-import os
 here = int(os.environ.get("LOCAL_RANK", 0))
 module = Small({3: how} if here == rank else {})
 states = train(run_dir, module, guard(run_dir), devices=2, strategy="ddp", use_distributed_sampler=False)
@@ -238,19 +237,20 @@ torch.save(states.after, run_dir / f"states-{here}.pt")
 """
 
 
+def run_ranks(script: str, folder: Path, *arguments: str) -> None:
+    """Run a script whose Trainer starts the second rank."""
+    tests = Path(__file__).parent
+    (folder / "run.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, folder / "run.py", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, timeout=400, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_no_rank_takes_a_step_that_is_bad_on_one(tmp_path, how):
-    tests = Path(__file__).parent
-    script = tmp_path / "run.py"
-    script.write_text(RANKS)
-    subprocess.run(
-        [sys.executable, script, tmp_path, how, "1"],
-        check=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    run_ranks(RANKS, tmp_path, str(tmp_path), how, "1")
     for rank in (0, 1):
         states = States()
         states.after = torch.load(tmp_path / f"states-{rank}.pt")
@@ -259,3 +259,49 @@ def test_no_rank_takes_a_step_that_is_bad_on_one(tmp_path, how):
     problems = [report["problem"] for report in reports(tmp_path).values()]
     assert list(reports(tmp_path)) == [f"step-00000003-rank-{rank:05d}.json" for rank in (0, 1)]
     assert problems == ["a gradient is not finite", f"{'the' if how == 'loss' else 'a'} {how} is not finite"]
+
+
+DEEPSPEED = """
+import os, sys
+from pathlib import Path
+import lightning as L, torch
+import depthkit.train
+from depthkit.hydra_entry import hydra_main
+
+class Spoil(L.Callback):
+    def on_fit_start(self, trainer, module):
+        step, self.after = module.training_step, []
+        def spoiled(batch, batch_idx):
+            output = step(batch, batch_idx)
+            if batch_idx == 3 and trainer.global_rank == 1:
+                output["loss"] = output["loss"] + torch.tensor(float("inf"))
+            return output
+        module.training_step = spoiled
+
+    def on_train_batch_end(self, trainer, module, *_):
+        parts = {name: getattr(p, "ds_tensor", p).detach().clone() for name, p in module.named_parameters()}
+        for number, state in enumerate(trainer.model.optimizer.optimizer.state.values()):
+            parts |= {f"{number} {name}": torch.as_tensor(value).clone() for name, value in state.items()}
+        self.after.append(parts)
+
+def run(config):
+    spoil = Spoil()
+    depthkit.train.run(config, [spoil])
+    torch.save(spoil.after, Path(config.run_dir) / f"states-{os.environ.get('LOCAL_RANK', 0)}.pt")
+
+hydra_main("train", [item for item in sys.argv[1:] if item != "train"], run)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_deepspeed_leaves_the_step_out(tiny_settings, tmp_path, zero_stage):
+    pytest.importorskip("deepspeed")
+    settings = ["trainer.devices=2", "trainer.strategy=deepspeed", f"trainer.zero_stage={zero_stage}", "data.val={}"]
+    run_ranks(DEEPSPEED, tmp_path, *tiny_settings("teacher", tmp_path), *settings)
+    for rank in (0, 1):
+        states = States()
+        states.after = torch.load(tmp_path / f"states-{rank}.pt")
+        assert changed(states, 3) == []
+        assert len(changed(states, 4)) > 60
+    assert list(reports(tmp_path)) == [f"step-00000003-rank-{rank:05d}.json" for rank in (0, 1)]

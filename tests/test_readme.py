@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELL_BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
-BY_ARGPARSE = ("pack", "inspect", "select", "predict", "import", "export")
+BY_ARGPARSE = ("pack", "replay", "inspect", "select", "predict", "import", "export", "sweep-report")
 
 
 def commands(text: str) -> list[list[str]]:
@@ -43,7 +43,10 @@ class Parsed(Exception):
 def overrides_of(argv: list[str]) -> list[str]:
     """The settings in the arguments of a verb by Hydra. A sweep stands for its first value."""
     settings = [item for item in argv if item not in ("--multirun", "-m", "--help", "--cfg", "job")]
+    if "--config-dir" in argv:  # a file that an earlier command wrote: `test_sweeps` runs these
+        return []
     if "--multirun" in argv or "-m" in argv:
+        settings = [item for item in settings if "(" not in item]  # ranges of a search
         settings = [re.sub(r"=([^\[{,]+),.*", r"=\1", item) for item in settings]
     return settings
 

@@ -1,6 +1,7 @@
 """A step looked at again: the batch is that of the run, and so are the losses when the weights are."""
 
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from test_train import Losses
 from depthkit.__main__ import main
 from depthkit.replay import load_settings
 from depthkit.train import run
+from depthkit.types import BudgetExceeded
 
 NAN = float("nan")
 EVERY_1 = ["callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.keep=100"]
@@ -99,10 +101,24 @@ def test_the_command_of_a_report_shows_the_step(tiny_config, tmp_path, monkeypat
     assert "NOT FINITE" not in output  # the data is not to blame here
 
 
-def test_weights_at_the_stop_are_those_of_the_steps_left_out(tmp_path):
-    from depthkit.replay import nearest_checkpoint
-
-    assert nearest_checkpoint(tmp_path, 3) is None
+@pytest.mark.filterwarnings("ignore:step .* was left out")
+def test_weights_at_the_stop_are_those_of_the_step_left_out(tiny_config, tmp_path, monkeypatch, capsys):
+    """The documented commands, on a run that its budget stopped."""
+    losses = Losses()
+    settings = ["callbacks.non_finite.max_total=0", "trainer.max_steps=38", "optim.encoder_lr=1e-5"]
+    with pytest.raises(BudgetExceeded, match="--step 37"):
+        run(tiny_config("teacher", tmp_path / "run", *settings), [losses, Spoil(37)])
+    pages = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text()
+    shown = re.findall(r"^(depthkit replay .*)$", pages, re.MULTILINE)
+    assert len(shown) == 2
+    for words in shown:
+        words = words.replace("runs/tiny_teacher", str(tmp_path / "run")).replace(
+            "pictures", str(tmp_path / "pictures")
+        )
+        output = command(words, monkeypatch, capsys)
+        assert output.splitlines()[0].endswith("00000038.ckpt")
+        assert math.isfinite(loss_of(output))
+    assert len(list((tmp_path / "pictures").iterdir())) == 6
 
 
 def test_settings_are_read_back(tiny_config, tmp_path):
@@ -112,7 +128,12 @@ def test_settings_are_read_back(tiny_config, tmp_path):
 
 
 def test_wrong_arguments_are_named(tiny_config, tmp_path, monkeypatch, capsys):
-    for words, message in ((f"{tmp_path} --step 0", "config.yaml: no such file"),):
+    run(tiny_config("teacher", tmp_path / "run"))
+    for words, message in (
+        (f"{tmp_path} --step 0", "config.yaml: no such file"),
+        (f"{tmp_path / 'run'} --step 6", "--step 6: the run has the steps 0 to 5"),
+        (f"{tmp_path / 'run'} --step 0 --checkpoint none.ckpt", "none.ckpt"),
+    ):
         monkeypatch.setattr("sys.argv", ["depthkit", "replay", *shlex.split(words)])
         assert main() == 1
         assert message in capsys.readouterr().err
