@@ -3,6 +3,8 @@
 import csv
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from depthkit.__main__ import main
+from depthkit.bundle import read_facts
 from depthkit.checks import check_sizes, check_steps, check_streams
 from depthkit.compose import register_schemas, to_config
 from depthkit.config import CONF_DIR, TrainConfig
@@ -504,3 +508,46 @@ def test_command_of_a_wandb_agent_logs_the_metric_of_the_sweep(tiny_settings, tm
     assert settings_of_run.stage.tolerance_margin == 0.1
     (record,) = run_dir.rglob("run-*.wandb")
     assert settings["metric"]["name"].encode() in record.read_bytes()
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_commands_of_the_page(tmp_path, monkeypatch, capsys):
+    """docs/sweeps.md from top to bottom, `quick` in the place of training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("depthkit.train.run", quick)
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs" / "sweeps.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    assert len(lines) == 7
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        assert main() == 0, line
+    assert len(list(Path("runs/tiny_student").glob("*/job.json"))) == 4
+    assert len(list(Path("runs/tiny_student_tolerance").glob("*/job.json"))) == 6
+    assert len(trials(Path("runs/tiny_student_learning_rate"))) == 6
+    assert "experiment=best" in capsys.readouterr().out
+    assert Path("runs/tiny_student_learning_rate_best/bundle").is_dir()
+    assert len(trials(Path("runs/weights"))) == 3
+
+
+@pytest.mark.slow
+def test_search_that_trains(tiny_settings, tmp_path, capsys):
+    """Real trainings: the value is that of the bundle, the report names its protocol, the best settings train again."""
+    folder = tmp_path / "search"
+    settings = [*tiny_settings("student", folder), OPTUNA, "stage.tolerance_margin=interval(0.1,0.2)"]
+    settings += ["trainer.max_steps=2", "trainer.val_check_interval=1", "hydra.sweeper.n_trials=2"]
+    argv, sys.argv = sys.argv, sys.argv
+    try:
+        assert hydra_main("train", ["--multirun", *settings], run_training) == 0
+        assert report.main([str(folder)]) == 0
+        again = ["--config-dir", str(folder / "report"), "experiment=best", f"run_dir={tmp_path / 'again'}"]
+        assert hydra_main("train", again, run_training) == 0
+    finally:
+        sys.argv = argv
+    sweep = read_sweep(folder)
+    assert sweep.metric.startswith("val/affine_disparity@")
+    metrics = read_facts(folder / "0" / "bundle").provenance["metrics"]
+    assert sweep.trials[0].value == metrics[sweep.metric]
+    assert all(list(trial.intermediate_values) == [1] for trial in trials(folder))
+    assert read_facts(tmp_path / "again" / "bundle").provenance["metrics"][sweep.metric] == sweep.complete[0].value
