@@ -1,19 +1,10 @@
 """Remote shards: fetched whole, once, over connections that break; what is read is what a local copy gives."""
 
-import errno
-import fcntl
-import os
 import pickle
-import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -22,28 +13,16 @@ from handmade import unlabeled_sample, write_dataset
 
 from depthkit.config import ConfigError, PathsConfig
 from depthkit.data import remote
-from depthkit.data.cache import CacheFullError, ShardCache, _lock
+from depthkit.data.cache import ShardCache
 from depthkit.data.index import index_path
-from depthkit.data.manifest import Manifest, load_manifest, save_manifest
+from depthkit.data.manifest import Manifest, load_manifest
 from depthkit.data.quarantine import SampleError
-from depthkit.data.remote import CacheError, locate, root_of
+from depthkit.data.remote import locate, root_of
 from depthkit.data.shards import ShardReader, verify_shard
 
 NUM_SHARDS = 6
 NAMES = [f"train-{k:06d}.tar" for k in range(NUM_SHARDS)]
 GARBLED = [Answer(flip=True)]
-
-READ_ALL = """
-import sys
-from depthkit.config import PathsConfig
-from depthkit.data.cache import ShardCache
-from depthkit.data.manifest import load_manifest
-from depthkit.data.shards import ShardReader
-reader = ShardReader(load_manifest(sys.argv[1]), sys.argv[1], ShardCache(PathsConfig(cache=sys.argv[2])))
-for shard in range(len(reader.manifest.shards)):
-    for sample in range(reader.manifest.shards[shard].num_samples):
-        reader.read(shard, sample)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -197,15 +176,15 @@ def test_s3_without_boto3_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> No
         load_manifest("s3://bucket/m.json")
 
 
-# Servers and connections that fail
-
-
 def begin_download(cache: ShardCache, manifest: Manifest, shard: int, content: bytes) -> Path:
     facts = manifest.shards[shard]
     cache.folder.mkdir(parents=True, exist_ok=True)
     part = cache.folder / f"{facts.sha256}.{facts.num_bytes}.part"
     part.write_bytes(content)
     return part
+
+
+# Servers and connections that fail
 
 
 def test_a_cut_download_goes_on_where_it_stopped(server: FileServer, cache: ShardCache, folder: Path) -> None:
@@ -300,146 +279,3 @@ def test_verify_reads_the_cached_copy(server: FileServer, cache: ShardCache) -> 
     cache.path(shard).write_bytes(data)
     with pytest.raises(SampleError, match=f"sha256 is .* says {shard.sha256}"):
         verify_shard(reader.root, shard, cache)
-
-
-# The size of the cache
-
-
-def limited(cache: ShardCache, folder: Path, num_shards: float) -> ShardCache:
-    size = max(path.stat().st_size for path in folder.glob("*.tar"))
-    return ShardCache(PathsConfig(cache=str(cache.folder), cache_gb=num_shards * size / 1e9))
-
-
-def test_the_least_recently_used_shard_gives_way(server: FileServer, cache: ShardCache, folder: Path) -> None:
-    cache = limited(cache, folder, 3)
-    reader = open_remote(server, cache)
-    shards = reader.manifest.shards
-    for shard in (0, 1, 2, 0, 3):
-        cache.open(str(reader.location(shard)), shards[shard]).close()
-        time.sleep(0.01)
-    assert cached(cache) == {f"{shards[k].sha256}.tar" for k in (0, 2, 3)}
-    assert_same(reader, folder)
-    assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) <= cache.max_bytes
-
-
-def test_an_open_shard_is_not_evicted(server: FileServer, cache: ShardCache, folder: Path) -> None:
-    cache = limited(cache, folder, 2)
-    holder = open_remote(server, cache)
-    first = holder.read(0, 0)
-    assert_same(open_remote(server, cache), folder)
-    assert server.count()[NAMES[0]] == 1
-    assert holder.read(0, 0) == first
-    holder.read(1, 0)
-    with pytest.raises(CacheFullError, match=r"paths\.cache_gb=.* are open, \d+ bytes"):
-        open_remote(server, cache).read(2, 0)
-
-
-def test_a_copy_that_was_deleted_is_still_read_by_those_who_have_it_open(
-    server: FileServer, cache: ShardCache, folder: Path
-) -> None:
-    reader = open_remote(server, cache)
-    reader.read(0, 0)
-    shutil.rmtree(cache.folder)
-    assert_same(reader, folder)
-
-
-def test_a_damaged_copy_is_fetched_again(server: FileServer, cache: ShardCache, folder: Path) -> None:
-    reader = open_remote(server, cache)
-    cache.fetch(str(reader.location(0)), reader.manifest.shards[0])
-    os.truncate(cache.path(reader.manifest.shards[0]), 1000)
-    assert_same(reader, folder)
-    assert server.count()[NAMES[0]] == 2
-
-
-def test_abandoned_downloads_give_way(server: FileServer, cache: ShardCache, folder: Path) -> None:
-    cache = limited(cache, folder, 2)
-    reader = open_remote(server, cache)
-    for shard in (4, 5):
-        begin_download(cache, reader.manifest, shard, bytes(1000))
-    reader.read(0, 0)
-    reader.read(1, 0)
-    assert cached(cache, ".part") == set()
-
-
-def test_a_shard_larger_than_the_cache_is_refused_at_once(server: FileServer, cache: ShardCache, folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"paths\.cache_gb=.*: shard train-\d+\.tar alone has \d+ bytes"):
-        open_remote(server, limited(cache, folder, 0.5))
-
-
-def test_a_full_disk_is_named(server: FileServer, cache: ShardCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")(10**9, 10**9, 1234)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    reader = open_remote(server, cache)
-    num_bytes = reader.manifest.shards[0].num_bytes
-    with pytest.raises(CacheError, match=rf"{cache.folder}/.* {num_bytes} bytes are needed, 1234 are free"):
-        reader.read(0, 0)
-    assert list(cache.folder.glob("*.*.part")) == []
-
-
-def test_a_disk_that_fills_while_writing_is_named() -> None:
-    with FileIO("/dev/full", "w") as file, pytest.raises(CacheError, match=r"/dev/full: .*7 bytes are needed") as error:
-        remote._write(file, b"content", 7)
-    assert isinstance(error.value.__cause__, OSError)
-    assert error.value.__cause__.errno == errno.ENOSPC
-
-
-# Several processes
-
-
-def start(server: FileServer, cache: ShardCache) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-c", READ_ALL, f"{server.url}/manifest.json", str(cache.folder)])
-
-
-def test_four_processes_fetch_each_shard_once(server: FileServer, cache: ShardCache) -> None:
-    server.answer = Answer(seconds=0.1)
-    processes = [start(server, cache) for _ in range(4)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0, 0]
-    assert server.count() == dict.fromkeys(NAMES, 1) | {"manifest.json": 4}
-
-
-def test_a_lock_on_a_file_that_has_just_lost_its_name_does_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its owner finished, and renamed it, between our opening it and our locking it."""
-    part = tmp_path / "a.part"
-    lock = fcntl.flock
-
-    def finish_first(file: FileIO, operation: int) -> None:
-        part.rename(tmp_path / "a.tar")
-        lock(file, operation)
-
-    monkeypatch.setattr(fcntl, "flock", finish_first)
-    assert _lock(part, os.O_RDWR | os.O_CREAT) is None
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_a_killed_download_is_taken_over_and_verified(
-    server: FileServer, cache: ShardCache, folder: Path, damaged: bool
-) -> None:
-    fail(server, NAMES[0], Answer(cut=1000, stall=True))
-    process = start(server, cache)
-    reader = open_remote(server, cache)
-    shard = reader.manifest.shards[0]
-    part = cache.folder / f"{shard.sha256}.{shard.num_bytes}.part"
-    deadline = time.monotonic() + 60
-    while not (part.exists() and part.stat().st_size == 1000):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert cached(cache) == set()
-    if damaged:
-        part.write_bytes(bytes(1000))
-    assert_same(reader, folder)
-    assert [request.offset for request in server.of(NAMES[0])] == [None, 1000, None][: 2 + damaged]
-    assert cached(cache, ".part") == set()
-
-
-def test_a_local_manifest_may_list_urls(server: FileServer, cache: ShardCache, folder: Path, tmp_path: Path) -> None:
-    manifest = load_manifest(folder / "manifest.json")
-    shards = tuple(replace(shard, path=f"{server.url}/{shard.path}") for shard in manifest.shards)
-    save_manifest(replace(manifest, shards=shards), tmp_path / "manifest.json")
-    path = str(tmp_path / "manifest.json")
-    reader = ShardReader(load_manifest(path), root_of(path), cache)
-    assert_same(reader, folder)
-    assert re.fullmatch(rf"{server.url}/{NAMES[0]}", str(reader.location(0)))
