@@ -150,7 +150,9 @@ def test_a_scaler_leaves_the_step_out_and_its_search_is_not_reported(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     settings = {"plugins": [plugin], "gradient_clip_val": None, "max_steps": 20}
-    states = train(tmp_path, Small({12: "loss"}), guard(tmp_path), **settings)
+    watch = guard(tmp_path)
+    states = train(tmp_path, Small({12: "loss"}), watch, **settings)
+    assert watch.total == 1
     assert changed(states, 1) == []
     assert scaler.get_scale() < 2**22
     assert list(reports(tmp_path)) == ["step-00000012-rank-00000.json"]
