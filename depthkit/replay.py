@@ -56,6 +56,8 @@ def replay(run_dir: Path, step: int, checkpoint: Path | None, out: Path | None, 
     L.seed_everything(config.seed, workers=True, verbose=False)
     module = STAGES[type(config.stage)](config)
     path = checkpoint or nearest_checkpoint(run_dir / "checkpoints", step)
+    if path is not None and path.is_dir():
+        raise ConfigError(f"{path}: the weights are spread over ranks; give a file as --checkpoint")
     if path is not None:
         module.load_state_dict(torch.load(path, map_location="cpu", weights_only=False)["state_dict"])
     print(f"step {step} of {run_dir} with the weights {f'of {path}' if path else 'at the start'}")

@@ -133,6 +133,7 @@ def test_wrong_arguments_are_named(tiny_config, tmp_path, monkeypatch, capsys):
         (f"{tmp_path} --step 0", "config.yaml: no such file"),
         (f"{tmp_path / 'run'} --step 6", "--step 6: the run has the steps 0 to 5"),
         (f"{tmp_path / 'run'} --step 0 --checkpoint none.ckpt", "none.ckpt"),
+        (f"{tmp_path / 'run'} --step 0 --checkpoint {tmp_path}", "spread over ranks"),
     ):
         monkeypatch.setattr("sys.argv", ["depthkit", "replay", *shlex.split(words)])
         assert main() == 1
