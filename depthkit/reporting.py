@@ -73,13 +73,13 @@ def heading(config: TrainConfig, module: nn.Module) -> list[str]:
         for stream, count in per_step.items()
         if (group := getattr(config.data, stream))
     )
-    counts = {True: 0, False: 0}
-    for parameter in module.parameters():
-        counts[parameter.requires_grad] += parameter.numel()
+    frozen_encoder = getattr(module, "frozen_encoder", None)  # no part of the module: strategies leave it alone
+    parameters = {*module.parameters(), *(frozen_encoder.parameters() if frozen_encoder is not None else ())}
+    trained, frozen = (sum(p.numel() for p in parameters if p.requires_grad is kind) / 1e6 for kind in (True, False))
     height, width = config.data.crop_size
     return [
         f"{config.run_name}: stage {config.stage.name}, seed {config.seed}, in {config.run_dir}",
         f"  {trainer.max_steps} steps of {streams} images of {height} x {width}{split}: {sweeps}",
-        f"  {config.model.encoder}: {counts[True] / 1e6:.2f} M parameters trained, {counts[False] / 1e6:.2f} M frozen",
+        f"  {config.model.encoder}: {trained:.2f} M parameters trained, {frozen:.2f} M frozen",
         f"  {processes} x {trainer.accelerator}, strategy {trainer.strategy}, precision {trainer.precision}",
     ]

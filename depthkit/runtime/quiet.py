@@ -22,5 +22,7 @@ def keep_back_noise() -> None:
     """Filter these warnings and advertisements in this process, and in those that it forks."""
     for message in NOT_ACTIONABLE:
         warnings.filterwarnings("ignore", message=message)
+    # It says at every checkpoint that no argument was given which Lightning itself does not pass on.
+    logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").setLevel(logging.WARNING)
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: ADVERTISEMENT not in record.getMessage())
