@@ -1,5 +1,6 @@
 """Parameter groups and the schedule, against the rates that the paper states."""
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -100,3 +101,37 @@ def test_rate_stays_at_its_end_value():
 
 def test_first_step_has_a_rate():
     assert all(rate > 0 for pair in rates(OptimConfig(encoder_lr=1.0, warmup_steps=5), 10) for rate in pair)
+
+
+CONFIG = OptimConfig(encoder_lr=1e-3, weight_decay=0.0)
+
+
+def clipped_step(precision: str) -> list[torch.Tensor]:
+    """Weights after one step whose gradient is clipped, in a Trainer."""
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return (self.model.decoder(self.model.encoder(batch)) * self.model.scale).float().square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return build_optimizer(parameter_groups(self.model, self.model.encoder, CONFIG), CONFIG)
+
+    torch.manual_seed(0)
+    module = Module()
+    plain = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, precision=precision, gradient_clip_val=1e-9, **plain)
+    trainer.fit(module, torch.ones(1, 4, 2))
+    return [parameter.detach() for parameter in module.parameters()]
+
+
+def test_gradients_can_be_clipped_in_mixed_precision():
+    """A norm far below AdamW's epsilon leaves the weights where they were; unclipped, they would move by the rate."""
+    torch.manual_seed(0)
+    start = list(Model().parameters())
+    for precision in ("32-true", "bf16-mixed"):
+        for after, before in zip(clipped_step(precision), start, strict=True):
+            assert (after - before).abs().max() < 0.1 * CONFIG.encoder_lr
