@@ -123,7 +123,7 @@ def clipped_step(precision: str) -> list[torch.Tensor]:
     torch.manual_seed(0)
     module = Module()
     plain = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    trainer = L.Trainer(accelerator="cpu", max_steps=1, precision=precision, gradient_clip_val=1e-9, **plain)
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, precision=precision, gradient_clip_val=1e-12, **plain)
     trainer.fit(module, torch.ones(1, 4, 2))
     return [parameter.detach() for parameter in module.parameters()]
 
