@@ -9,13 +9,16 @@ import shlex
 from importlib import import_module
 from pathlib import Path
 
+import hydra
 import pytest
 from hydra.errors import HydraException
 
 from depthkit import label
 from depthkit.__main__ import VERBS
-from depthkit.config import ConfigError, DemoConfig, EvaluateConfig, PseudoLabelConfig, TrainConfig
+from depthkit.config import CONF_DIR, ConfigError, DemoConfig, EvaluateConfig, PseudoLabelConfig, TrainConfig
 from depthkit.evaluation import evaluate
+from depthkit.planning.plan import to_plan_config
+from depthkit.planning.settings import PlanConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -91,6 +94,9 @@ def assert_composes(verb: str, arguments: list[str], compose) -> None:
         assert isinstance(config.stage, PseudoLabelConfig)
     elif verb == "evaluate":
         assert isinstance(compose(*evaluate.as_lists(settings), config_name="evaluate"), EvaluateConfig)
+    elif verb == "plan":
+        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            assert isinstance(to_plan_config(hydra.compose("plan", settings)), PlanConfig)
     else:
         schema = {"train": TrainConfig, "demo": DemoConfig}[verb]
         assert isinstance(compose(*settings, config_name=verb), schema)

@@ -11,6 +11,7 @@ from depthkit.data.facts import known_datasets, load_facts
 from depthkit.data.manifest import load_manifest
 from depthkit.data.remote import is_remote
 from depthkit.hardware import find_device, peak_tflops
+from depthkit.planning.memory import Counts
 from depthkit.planning.settings import PlanConfig
 
 LABEL_BYTES = 596_731
@@ -188,9 +189,9 @@ def sum_of(sets: Iterable[Images | None]) -> Images | None:
     )
 
 
-def checkpoints_figure(config: PlanConfig, all_weights: int, trained: int, ema: int) -> Figure:
+def checkpoints_figure(config: PlanConfig, counts: Counts) -> Figure:
     """Checkpoints that are kept at a time and the one being written: weights, two moments, EMA."""
-    one = 4.0 * (all_weights + 2 * trained + ema)
+    one = 4.0 * (counts.all + 2 * counts.trained + counts.ema)
     kept = int(config.callbacks.get("checkpoint", {}).get("keep", 2)) + 2
     source = f"{kept} x {one / 1e9:.1f} GB: the newest, the best, the one being written"
     return Figure("checkpoints", kept * one, "B", "counted", source)

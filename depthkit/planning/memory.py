@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from depthkit.config import ModelConfig, TrainConfig
 from depthkit.flops import describe
-from depthkit.planning.step import bare_module, random_batch
+from depthkit.planning.step import bare_module, frozen_encoder, random_batch
 
 REDUCE_BUCKETS = 2 * 200_000_000
 """Numbers in the two buckets in which DeepSpeed sums gradients (Lightning's reduce_bucket_size, overlap_comm)."""
@@ -38,8 +38,9 @@ class Engine:
     @property
     def overrides(self) -> str:
         """What chooses it on the command line."""
-        offload = " trainer.offload=true" if self.offload else ""
-        return f"trainer=deepspeed_zero{self.zero_stage}{offload}" if self.zero_stage else "trainer=ddp"
+        if self.zero_stage == 0:
+            return "trainer=ddp"
+        return f"trainer=deepspeed_zero{self.zero_stage}{' trainer.offload=true' if self.offload else ''}"
 
 
 ENGINES = [
@@ -54,11 +55,12 @@ ENGINES = [
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers in the weights: all that a step reads (frozen ones too), those that are trained, and those of an EMA."""
+    """Numbers in the weights: of the model, of those the trained ones, of an EMA, and of a frozen encoder beside it."""
 
     all: int
     trained: int
     ema: int = 0
+    frozen: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,33 +82,33 @@ class Held:
 def held_bytes(engine: Engine, counts: Counts, world_size: int) -> Held:
     """What `engine` holds on each of `world_size` devices: weights in float32 (autocast computes in 16 bits), AdamW.
 
-    P trained of A weights, N devices; ZeRO (Rajbhandari et al. 2020, section 5) with 4 bytes in the place of 2, since
-    weights and gradients are float32 in every precision here:
+    P trained of A weights, F weights of a frozen encoder, which no engine splits, N devices; ZeRO (Rajbhandari et al.
+    2020, section 5) with 4 bytes in the place of 2, since weights and gradients are float32 in every precision here:
 
     | engine | weights | gradients | optimizer | buffers |
     | --- | --- | --- | --- | --- |
-    | ddp | 4 A | 4 P | 8 P | 4 P (buckets of DDP; none on a single device) |
-    | zero1 | 4 A | 4 P | 12 P / N | two buckets |
-    | zero2 | 4 A | 4 P / N | 12 P / N | two buckets |
-    | zero3 | 4 A / N | 4 P / N | 8 P / N | two buckets, and up to 10^9 weights gathered at a time |
+    | ddp | 4 (A + F) | 4 P | 8 P | 4 P (buckets of DDP; none on a single device) |
+    | zero1 | 4 (A + F) | 4 P | 12 P / N | two buckets |
+    | zero2 | 4 (A + F) | 4 P / N | 12 P / N | two buckets |
+    | zero3 | 4 A / N + 4 F | 4 P / N | 8 P / N | two buckets, and up to 10^9 weights gathered at a time |
 
     12 and not 8: ZeRO 1 and 2 keep a copy of the weights that they update. Offload: the optimizer's share (12 P / N)
     and from ZeRO 2 on the gradients' lie in the memory of the host, from ZeRO 3 on that of the weights too.
     """
     trained, share = 4.0 * counts.trained, 4.0 * counts.trained / world_size
-    ema = 4.0 * counts.ema
+    ema, frozen = 4.0 * counts.ema, 4.0 * counts.frozen
     if engine.zero_stage == 0:
         buckets = trained if world_size > 1 else 0.0
-        return Held(4.0 * counts.all, trained, 2 * trained, ema, buckets)
+        return Held(4.0 * counts.all + frozen, trained, 2 * trained, ema, buckets)
     gathered = 4.0 * min(counts.all, MAX_GATHERED) if engine.zero_stage == 3 else 0.0
     weights = 4.0 * counts.all / (world_size if engine.zero_stage == 3 else 1)
     gradients = trained if engine.zero_stage == 1 else share
     buffers = 4.0 * REDUCE_BUCKETS + gathered
     if not engine.offload:
-        return Held(weights, gradients, (2 if engine.zero_stage == 3 else 3) * share, ema, buffers)
+        return Held(weights + frozen, gradients, (2 if engine.zero_stage == 3 else 3) * share, ema, buffers)
     host = 3 * share + (gradients if engine.zero_stage > 1 else 0.0) + (weights if engine.zero_stage == 3 else 0.0)
     return Held(
-        weights=0.0 if engine.zero_stage == 3 else weights,
+        weights=frozen + (0.0 if engine.zero_stage == 3 else weights),
         gradients=0.0 if engine.zero_stage > 1 else gradients,
         optimizer=0.0,
         ema=ema,
@@ -170,7 +172,8 @@ def step_bytes(config: TrainConfig, images: dict[str, int]) -> int:
     with torch.device("meta"):
         module = bare_module(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        module.to_empty(device="cpu")
+        for network in (module, frozen_encoder(module)):
+            network.to_empty(device="cpu")
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)

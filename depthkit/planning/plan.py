@@ -3,11 +3,12 @@
 No GPU and no data set is needed. Every figure says whether it is set, counted, measured, published or assumed.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from depthkit.checks import check_model, check_sizes, check_streams
+from depthkit.checks import check_averaging, check_model, check_sizes, check_streams
 from depthkit.compose import to_config
 from depthkit.config import PseudoLabelConfig, check
 from depthkit.files import atomic_write
@@ -17,6 +18,7 @@ from depthkit.planning.report import show
 from depthkit.planning.result import Plan
 from depthkit.planning.settings import PlanConfig
 from depthkit.planning.training import plan_training
+from depthkit.trainer_checks import check_trainer
 
 
 def main(argv: list[str]) -> int:
@@ -49,6 +51,9 @@ def make_plan(config: PlanConfig) -> Plan:
     check(trainer.num_nodes <= cluster.num_nodes, "trainer.num_nodes", trainer.num_nodes, allowed)
     if isinstance(config.stage, PseudoLabelConfig):
         return plan_labels(config, config.stage)
+    if trainer.strategy != "deepspeed" or find_spec("deepspeed"):
+        check_trainer(trainer, config.stage)
+    check_averaging(config)
     check_streams(config)
     check_sizes(config)
     check_model(config)

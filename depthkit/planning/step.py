@@ -1,36 +1,34 @@
 """A training step outside of a run: the real module of a stage on random images, without a Trainer."""
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from depthkit.config import PretrainConfig, TrainConfig
+from depthkit.engine import prepare_model
 from depthkit.train import STAGES
 from depthkit.types import Batch
 
 
 def bare_module(config: TrainConfig) -> L.LightningModule:
-    """The stage's module with random weights, whose `training_step` can be called by itself: it logs nowhere."""
+    """The stage's module with random weights, whose `training_step` can be called by itself: it logs nowhere.
+
+    With activation checkpointing where the settings say so; not compiled."""
     config = replace(config, stage=replace(config.stage, encoder_weights=None))
     module = STAGES[type(config.stage)](config)
     module._trainer = SimpleNamespace(world_size=1, global_rank=0)  # type: ignore[assignment]
     module.log = module.log_dict = _log_nowhere  # type: ignore[method-assign]
-    if config.trainer.activation_checkpointing:
-        checkpoint_blocks(module)
+    prepare_model(module, replace(config.trainer, compile=False, channels_last=False))
     return module.train()
 
 
-def checkpoint_blocks(module: L.LightningModule) -> None:
-    """Blocks of the trained encoder keep their input alone and are computed again in the backward pass."""
-    for name, blocks in module.named_modules():
-        if name.split(".")[-1] in ("blocks", "stages") and not name.startswith("frozen_encoder"):
-            for block in blocks.children():
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+def frozen_encoder(module: L.LightningModule) -> nn.Module:
+    """The encoder that a student is compared with, which is no part of its module; of other stages an empty one."""
+    return getattr(module, "frozen_encoder", None) or nn.Module()
 
 
 def _log_nowhere(*args: Any, **kwargs: Any) -> None:

@@ -5,34 +5,31 @@ from dataclasses import replace
 
 import torch
 
-from depthkit.config import DatasetConfig, PretrainConfig, StudentConfig
-from depthkit.flops import describe, forward_flops, num_parameters
+from depthkit.config import DatasetConfig, PretrainConfig
+from depthkit.flops import num_parameters
 from depthkit.planning import amounts
 from depthkit.planning.amounts import Figure
 from depthkit.planning.memory import ENGINES, Counts, Engine, held_bytes, largest_batch, measure_batch, usable_bytes
 from depthkit.planning.result import EngineRow, Plan
 from depthkit.planning.settings import PlanConfig
-from depthkit.planning.step import bare_module, smallest_batch
+from depthkit.planning.step import bare_module, frozen_encoder, smallest_batch
+from depthkit.reporting import batch_flops
+from depthkit.trainer_checks import zero_stage
 
 
 def plan_training(config: PlanConfig) -> Plan:
     with torch.device("meta"):
         module = bare_module(config)
-    encoder = (
-        sum(each.numel() for each in module.get_submodule("model.encoder").parameters())
-        if hasattr(module, "model")
-        else num_parameters(module.get_submodule("encoder"))
-    )
-    frozen = getattr(module, "frozen_encoder", None)
-    num_frozen = 0 if frozen is None else num_parameters(frozen)
+    is_pretrain = isinstance(config.stage, PretrainConfig)
+    encoder = num_parameters(module.get_submodule("encoder" if is_pretrain else "model.encoder"))
+    frozen = num_parameters(frozen_encoder(module))
     everything, trained = num_parameters(module), num_parameters(module, trainable=True)
-    ema = everything - num_frozen if getattr(config.optim, "ema_decay", None) else 0
-    counts = Counts(everything, trained, ema)
+    counts = Counts(everything, trained, ema=0 if config.optim.ema_decay is None else trained, frozen=frozen)
 
     steps = amounts.steps_of(config)
     per_step = amounts.images_per_step(config)
     samples = float(steps.value or 0) * per_step
-    flops = train_flops(config)
+    flops = batch_flops(config, module) / sum(config.data.images_per_step().values())
     time = amounts.time_figures(config, samples, flops)
     rate = next(each for each in time if each.name.startswith("images/s"))
     sets = [*config.data.labeled.values(), *config.data.unlabeled.values()]
@@ -41,8 +38,8 @@ def plan_training(config: PlanConfig) -> Plan:
     figures = {
         "model": [
             Figure("encoder", encoder, "weights", "counted"),
-            Figure("decoder", everything - num_frozen - encoder, "weights", "counted"),
-            Figure("frozen encoder", num_frozen, "weights", "counted"),
+            Figure("decoder", everything - encoder, "weights", "counted"),
+            Figure("frozen encoder", frozen, "weights", "counted"),
             Figure("FLOPs per image", flops, "FLOP", "counted", "forward pass, twice that for the backward pass"),
         ],
         "work": [
@@ -55,7 +52,7 @@ def plan_training(config: PlanConfig) -> Plan:
         "disk": [
             amounts.shards_figure(sets, config),
             *label_figures(labeled_by_teacher, config),
-            amounts.checkpoints_figure(config, everything, trained, ema),
+            amounts.checkpoints_figure(config, counts),
         ],
     }
     rows = engine_rows(config, counts)
@@ -63,20 +60,6 @@ def plan_training(config: PlanConfig) -> Plan:
     title = f"{config.run_name} on {config.cluster.name}"
     trouble = amounts.precision_trouble(config)
     return Plan(title, figures, rows, chosen.fits and not trouble, trouble + advice(config, rows, chosen))
-
-
-def train_flops(config: PlanConfig) -> float:
-    """FLOPs per image of a step: forward, twice that for backward, and the frozen encoder's forward pass."""
-    size = (config.data.crop_size[0], config.data.crop_size[1])
-    model = describe(config.model)
-    encoder = forward_flops(model.get_submodule("encoder"), size)
-    if isinstance(config.stage, PretrainConfig):
-        return 3 * encoder
-    flops = 3 * forward_flops(model, size)
-    if isinstance(config.stage, StudentConfig) and config.stage.feature_weight > 0:
-        per_step = config.data.images_per_step()
-        flops += encoder * per_step["unlabeled"] / sum(per_step.values())
-    return flops
 
 
 def label_figures(datasets: list[DatasetConfig], config: PlanConfig) -> list[Figure]:
@@ -98,7 +81,7 @@ def engine_rows(config: PlanConfig, counts: Counts) -> list[EngineRow]:
     for checkpointing in (False, True):
         trainer = replace(config.trainer, activation_checkpointing=checkpointing)
         batch = measure_batch(replace(config, trainer=trainer), smallest)
-        for engine in ENGINES:
+        for engine in ENGINES if counts.ema == 0 else [each for each in ENGINES if each.zero_stage < 3]:
             held = held_bytes(engine, counts, world_size)
             rows.append(
                 EngineRow(
@@ -118,9 +101,7 @@ def engine_rows(config: PlanConfig, counts: Counts) -> list[EngineRow]:
 
 
 def is_chosen(config: PlanConfig, engine: Engine) -> bool:
-    if config.trainer.strategy != "deepspeed":
-        return engine.zero_stage == 0
-    return (engine.zero_stage, engine.offload) == (config.trainer.zero_stage, config.trainer.offload)
+    return (engine.zero_stage, engine.offload) == (zero_stage(config.trainer), config.trainer.offload)
 
 
 def advice(config: PlanConfig, rows: list[EngineRow], chosen: EngineRow) -> list[str]:
