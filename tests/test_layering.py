@@ -19,7 +19,9 @@ def nodes(node: ast.AST, *, into_functions: bool) -> Iterator[ast.AST]:
     """Every node of a syntax tree, or those that run when the module is imported."""
     for child in ast.iter_child_nodes(node):
         yield child
-        if into_functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        is_for_types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        is_later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_for_types
+        if into_functions or not is_later:
             yield from nodes(child, into_functions=into_functions)
 
 
