@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,3 +117,26 @@ def test_a_worker_ends_when_its_loader_ends_it(tiny_config, tmp_path: Path) -> N
     with pytest.raises(SystemExit):
         run(tiny_config("teacher", tmp_path, "data.num_workers=1"), [Look()])
     assert codes == [None, 0]
+
+
+@pytest.mark.slow
+def test_two_ranks_in_short_steps_agree_whenever_one_of_them_gets_the_signal(tiny_settings, tmp_path: Path) -> None:
+    settings = [*tiny_settings("teacher", tmp_path), "callbacks.checkpoint.every_n_train_steps=20"]
+    settings += ["trainer.max_steps=400", "trainer.devices=2", "trainer.strategy=ddp"]
+    command = [sys.executable, "-m", "depthkit", "train", *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    codes = []
+    for number in (signal.SIGTERM, signal.SIGUSR1, None):
+        before = set(tmp_path.glob("checkpoints/*"))
+        with (tmp_path / "log").open("a") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        if number is not None:
+            while not set(tmp_path.glob("checkpoints/*.ckpt")) - before:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.01)
+            process.send_signal(number)
+        codes.append(process.wait(timeout=300))
+    said = (tmp_path / "log").read_text()
+    assert codes == [EXIT_INTERRUPTED, EXIT_INTERRUPTED, 0], said
+    first, second = [int(step) for step in re.findall(r"saved \S+/(\d+)\.ckpt", said)]
+    assert 0 < first < second < 400
