@@ -71,6 +71,6 @@ def prepare_model(module: L.LightningModule, trainer: TrainerConfig) -> None:
         encoder: Encoder = model.encoder if model else module.encoder  # type: ignore[assignment]
         encoder.checkpoint_activations()
     if model and trainer.channels_last:
-        model.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.decoder.to(memory_format=torch.channels_last)
     if model and trainer.compile:
         model.compile()

@@ -10,7 +10,6 @@ from typing import Any
 
 import timm
 from omegaconf import OmegaConf
-from torch import nn
 
 import depthkit
 from depthkit.bundle import read_facts
@@ -20,15 +19,14 @@ from depthkit.data.remote import is_remote
 from depthkit.licences import NOT_STATED, stated_licences
 
 
-def provenance(config: TrainConfig, result: nn.Module, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """What a bundle says about the run that made `result`."""
+def provenance(config: TrainConfig, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """What a bundle says about the run that made it; `num_parameters` comes with the model."""
     data, teachers = provenance_of_data(config, ("labeled", "unlabeled"))
     return {
         "stage": config.stage.name,
         "run_name": config.run_name,
         "seed": config.seed,
         "steps": config.trainer.max_steps,
-        "num_parameters": sum(parameter.numel() for parameter in result.parameters()),
         "data": data,
         "teachers": teachers,
         "encoder_weights": provenance_of_encoder(config),
@@ -40,9 +38,10 @@ def provenance(config: TrainConfig, result: nn.Module, metrics: Mapping[str, flo
 
 
 def run_facts(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint says about its run: all settings, the code, the data."""
+    """What a checkpoint says about its run: all settings, the code, the data, and what a bundle of it would say."""
     settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    return {"config": settings, "versions": versions(), "data": data_digests(config)}
+    facts = {"config": settings, "versions": versions(), "data": data_digests(config)}
+    return facts | {"provenance": provenance(config, {})}
 
 
 def versions() -> dict[str, str]:

@@ -118,8 +118,8 @@ def check_engine(trainer: TrainerConfig, path: Path) -> None:
     if before != now:
         raise ConfigError(
             f"{path} is {before}, and this run is {now}. Go on with that engine (trainer=..., trainer.devices, "
-            "trainer.num_nodes); or keep the weights alone: depthkit export CHECKPOINT --format bundle --out BUNDLE, "
-            "and a run of another name with stage.encoder_weights=BUNDLE"
+            "trainer.num_nodes). Its weights alone: depthkit export CHECKPOINT --format bundle --out BUNDLE; a new run "
+            "starts from their encoder with stage.encoder_weights=BUNDLE"
         )
 
 

@@ -20,11 +20,11 @@ from depthkit.data.datamodule import DepthDataModule
 from depthkit.engine import build_trainer, prepare_model
 from depthkit.hydra_entry import hydra_main
 from depthkit.label import label
-from depthkit.models import DepthModel, PlainEncoder, build_encoder, build_model
+from depthkit.models import DepthModel, PlainEncoder, build_encoder, build_model, num_parameters
 from depthkit.provenance import provenance
 from depthkit.reporting import reporters
 from depthkit.run_folder import enter
-from depthkit.runtime.deepspeed_strategy import whole_weights
+from depthkit.runtime.deepspeed_strategy import end_together, whole_weights
 from depthkit.runtime.meter import val_metrics
 from depthkit.runtime.summary import finish
 from depthkit.stages.base import DepthModule, val_name
@@ -43,7 +43,9 @@ def run(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
     if isinstance(config.stage, PseudoLabelConfig):
         label(config)
         return None
-    return fit(config, callbacks)
+    abs_rel = fit(config, callbacks)
+    end_together()
+    return abs_rel
 
 
 def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | None:
@@ -133,6 +135,6 @@ def write_bundle(config: TrainConfig, module: L.LightningModule, metrics: dict[s
         model=config.model,
         kind="disparity",
         short_side=min(config.data.crop_size),
-        provenance=provenance(config, result, metrics),
+        provenance=provenance(config, metrics) | {"num_parameters": num_parameters(result)},
     )
     save_bundle(Path(config.run_dir) / "bundle", result, facts)

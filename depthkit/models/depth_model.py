@@ -43,3 +43,7 @@ def build_model(config: ModelConfig, *, pretrained_encoder: bool = False) -> Dep
         max_depth=config.max_depth,
     )
     return DepthModel(encoder, decoder)
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

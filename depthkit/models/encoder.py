@@ -38,7 +38,7 @@ class Encoder(nn.Module):
     def checkpoint_activations(self) -> None:
         """Keep the inputs of blocks alone, and run a block again in the backward pass: less memory, same gradients."""
         (net,) = self.children()
-        net.set_grad_checkpointing()
+        net.set_grad_checkpointing()  # type: ignore[operator]
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """(h, w) of the final features; ValueError unless the sides of `image` are multiples of `multiple`."""

@@ -70,7 +70,7 @@ class EveryDeviceDeepSpeed(DeepSpeedStrategy):
     def init_deepspeed(self) -> None:
         super().init_deepspeed()
         if self.zero_stage_3:
-            gather_with_the_root(self.model.module)
+            gather_with_the_root(self.deepspeed_engine.module)
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         import deepspeed
@@ -126,3 +126,10 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(spread):
         yield
+
+
+def end_together() -> None:
+    """Close what joins the ranks. Left open, gloo's threads now and then abort a process that has done its work."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,143 @@
+"""Two processes under DDP and DeepSpeed: they train as one, and survive being killed. On GPUs where there are two."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import RANKS, bundle_weights, train
+
+from depthkit.bundle import load_model, read_facts
+from depthkit.config import ConfigError
+from depthkit.exporting import main as export
+from depthkit.runtime.checkpoint import is_whole, newest_checkpoint
+from depthkit.train import run
+
+TESTS = Path(__file__).parent
+DEVICE = ["trainer.accelerator=gpu"] if torch.cuda.device_count() > 1 else []
+SETTINGS = [*DEVICE, "data.batch_size=12", "optim.encoder_lr=1e-4", "callbacks.checkpoint.every_n_train_steps=2"]
+SETTINGS += ["trainer.gradient_clip_val=0.5", "~callbacks.panels"]
+ENGINES = {
+    "ddp": ["trainer.strategy=ddp"],
+    "zero1": ["trainer.strategy=deepspeed", "trainer.zero_stage=1"],
+    "zero2": ["trainer.strategy=deepspeed", "trainer.zero_stage=2", "trainer.activation_checkpointing=true"],
+    "zero3": ["trainer.strategy=deepspeed", "trainer.deepspeed_config={json}"],
+    "zero3_offload": ["trainer.strategy=deepspeed", "trainer.zero_stage=3", "trainer.offload=true"],
+}
+
+pytestmark = pytest.mark.slow
+
+
+def start(overrides: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    """Two processes, in a process group of their own; the first one starts the second."""
+    script = folder / "run.py"
+    script.write_text(RANKS)
+    return subprocess.Popen(
+        [sys.executable, script, *overrides, "trainer.devices=2"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=(folder / "log").open("ab"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def train_two(overrides: list[str], folder: Path) -> list[float]:
+    """The mean of the ranks' losses, batch by batch, of those that were done now."""
+    code = start(overrides, folder).wait(timeout=500)
+    assert code == 0, (folder / "log").read_text()[-3000:]
+    ranks = [json.loads((folder / "run" / f"losses.{rank}.json").read_text()) for rank in range(2)]
+    return [sum(values) / 2 for values in zip(*(rank.values() for rank in ranks), strict=True)]
+
+
+def train_two_until_killed(overrides: list[str], folder: Path) -> Path:
+    """Both are killed as soon as there is a checkpoint, which is returned."""
+    process = start(overrides, folder)
+    deadline = time.monotonic() + 400
+    while (found := newest_checkpoint(folder / "run" / "checkpoints")) is None:
+        assert process.poll() is None, (folder / "log").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_config, tmp_path_factory) -> tuple[list[float], Path]:
+    """Losses and folder of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return list(train(tiny_config("student", folder, *SETTINGS)).values()), folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_as_one_and_survive_being_killed(engine, alone, tiny_settings, tmp_path):
+    file = tmp_path / "ds.json"
+    # Every weight is split, however small.
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    own = [item.format(json=file) for item in ENGINES[engine]]
+    overrides = [*tiny_settings("student", tmp_path / "run"), *SETTINGS, *own]
+
+    checkpoint = train_two_until_killed(overrides, tmp_path)
+    assert checkpoint.is_dir() == (engine != "ddp")
+    (tmp_path / "run" / "checkpoints" / ".00000009.ckpt.tmp").mkdir()  # as one that was being written then
+    losses = train_two(overrides, tmp_path)
+
+    expected, folder = alone
+    assert 0 < len(losses) < 6
+    # Rounding may pick another pixel as a median, so the two drift apart after some steps.
+    assert losses == pytest.approx(expected[-len(losses) :], rel=1e-2)
+    weights = bundle_weights(folder), bundle_weights(tmp_path / "run")
+    assert list(weights[0]) == list(weights[1])
+    differences = torch.cat([(a - b).abs().flatten() for a, b in zip(*map(dict.values, weights), strict=True)])
+    assert differences.mean() < 1e-5  # the six steps move a weight by up to 3e-3
+    metrics = [read_facts(run_dir / "bundle").provenance["metrics"] for run_dir in (folder, tmp_path / "run")]
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-2)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name[0] != "b")
+    assert kept == ["00000004.ckpt", "00000006.ckpt"]
+
+    newest = tmp_path / "run" / "checkpoints" / "00000006.ckpt"
+    assert export([str(newest), "--format", "bundle", "--out", str(tmp_path / "exported")]) == 0
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert exported.keys() == weights[1].keys()
+    assert all(torch.equal(exported[name], weights[1][name]) for name in exported)
+    _, facts = load_model(tmp_path / "exported")
+    assert facts.provenance["steps"] == 6
+    if engine != "ddp":
+        assert_damage_is_noticed(newest)
+
+
+def assert_damage_is_noticed(checkpoint: Path) -> None:
+    part = min(checkpoint.rglob("*optim_states.pt"))
+    data = part.read_bytes()
+    assert is_whole(checkpoint)
+    part.write_bytes(data[:-1])
+    assert not is_whole(checkpoint)
+    part.unlink()
+    assert not is_whole(checkpoint)
+    with pytest.warns(UserWarning, match=r"00000006\.ckpt is damaged; going on from the checkpoint before"):
+        assert newest_checkpoint(checkpoint.parent).name == "00000004.ckpt"
+    part.write_bytes(data)
+
+
+def test_another_number_of_processes_goes_on_from_ddp_and_is_refused_after_deepspeed(
+    alone, tiny_config, tiny_settings, tmp_path
+):
+    for engine in ("ddp", "zero2"):
+        (tmp_path / engine).mkdir()
+        overrides = [*tiny_settings("student", tmp_path / engine / "run"), *SETTINGS, *ENGINES[engine]]
+        train_two_until_killed(overrides, tmp_path / engine)
+    expected, _ = alone
+    after = train(tiny_config("student", tmp_path / "ddp" / "run", *SETTINGS))
+    assert list(after.values()) == pytest.approx(expected[-len(after) :], rel=1e-2)
+    for settings, now in (([], "one process or DDP"), (ENGINES["zero2"], "ZeRO 2 on 1 processes")):
+        with pytest.raises(
+            ConfigError, match=f"is of ZeRO 2 on 2 processes, and this run is of {now}.*depthkit export"
+        ):
+            run(tiny_config("student", tmp_path / "zero2" / "run", *SETTINGS, *settings))
