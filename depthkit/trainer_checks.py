@@ -57,9 +57,11 @@ def check_trainer(trainer: TrainerConfig, stage: StageConfig) -> None:
             reason = "the file says it too; start from trainer=deepspeed"
             refuse(bool(getattr(trainer, name)), "trainer.deepspeed_config", f"trainer.{name}", reason)
     values["trainer.zero_stage"] = zero_stage(trainer)
-    shapes = "the weights that ZeRO 3 gathers change their shapes under a compiled model; give trainer.zero_stage=2"
+    breaks = (
+        "ZeRO 3 gathers weights before each layer, where a compiled graph breaks, so that hardly anything is compiled"
+    )
     is_zero_3 = values["trainer.zero_stage"] == 3
-    refuse(trainer.compile and is_zero_3, "trainer.compile", "trainer.zero_stage", shapes)
+    refuse(trainer.compile and is_zero_3, "trainer.compile", "trainer.zero_stage", breaks)
     if find_spec("deepspeed") is None:
         raise ConfigError("trainer.strategy=deepspeed: the package is missing; pip install 'depthkit[deepspeed]'")
 
