@@ -1,20 +1,19 @@
-"""The way of docs/real-samples.md on real files, with a handful of steps: packed, trained, labeled, evaluated."""
+"""The commands of docs/real-samples.md on real files: packed, inspected, trained, labeled, selected, evaluated."""
 
 import csv
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from depthkit import select
-from depthkit.data import inspect, pack
 from depthkit.data.manifest import Manifest, load_manifest
-from depthkit.evaluation import evaluate
-from depthkit.evaluation.protocols import protocol_id
-from depthkit.label import label
-from depthkit.train import run
 
 pytestmark = pytest.mark.slow
 
@@ -22,17 +21,38 @@ TEST_SOURCES = ["kitti_metric3d", "nyu_metric3d", "nyu_unidepth", "tum_open3d", 
 SHARED_SCENE = "nyu_open3d_raw"
 """Has a photograph of a test source; its labels are not registered, so it is evaluated nowhere."""
 NUM_TEST_IMAGES = 9
-FEW_STEPS = ["trainer.max_steps=4", "optim.warmup_steps=2", "data.num_workers=0", "trainer.enable_progress_bar=false"]
+PAGE = Path(__file__).parents[1] / "docs" / "real-samples.md"
+FASTER = {
+    "pack": "--workers 1",
+    "inspect": "--workers 1",
+    "train": "trainer.max_steps=4 optim.warmup_steps=2 data.num_workers=0 trainer.enable_progress_bar=false",
+    "label": "stage.num_workers=0 trainer.enable_progress_bar=false",
+}
 
 Settings = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def root(samples_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the packed samples in `data/real`."""
+    """A folder in which all commands of the page were run, one after the other, with a handful of steps."""
     root = tmp_path_factory.mktemp("real")
-    arguments = [str(samples_dir / "index.jsonl"), "--out", str(root / "data" / "real"), "--workers", "1"]
-    assert pack.main([*arguments, "--test-sources", ",".join([*TEST_SOURCES, SHARED_SCENE])]) == 0
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    commands = [line.split(maxsplit=2)[1:] for block in blocks for line in block.splitlines()]
+    verbs = ["pack", "inspect", "train", "label", "train", "evaluate", "label", "select", "train"]
+    assert [verb for verb, _ in commands] == verbs
+    for verb, rest in commands:
+        arguments = f"{rest.replace('SAMPLES', shlex.quote(str(samples_dir)))} {FASTER.get(verb, '')}"
+        command = f"{shlex.quote(sys.executable)} -m depthkit {verb} {arguments}"
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=root,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return root
 
 
@@ -54,11 +74,8 @@ def settings(root: Path, compose: Settings) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def bundles(root: Path, settings: Settings) -> list[Path]:
+def bundles(root: Path) -> list[Path]:
     """Bundles of the teacher and of the student that learned its labels."""
-    run(settings("tiny_real_teacher", *FEW_STEPS))
-    label(settings("tiny_real_label", "stage.num_workers=0", "trainer.enable_progress_bar=false"))
-    run(settings("tiny_real_student", *FEW_STEPS))
     return [root / "runs" / f"tiny_real_{stage}" / "bundle" for stage in ("teacher", "student")]
 
 
@@ -88,16 +105,10 @@ def test_student_learned_the_labels_of_this_teacher(root, bundles, manifests):
     assert not list((root / "runs").glob("*/quarantine/*"))
 
 
-def test_both_are_evaluated_on_the_sources_left_out(root, bundles, compose):
-    out = root / "evaluation"
-    datasets = [str(root / "data" / "real" / name / "manifest.json") for name in TEST_SOURCES]
-    arguments = [f"model={','.join(map(str, bundles))}", f"dataset={','.join(datasets)}"]
-    overrides = [*evaluate.as_lists(arguments), f"out={out}", "protocol=affine_disparity"]
-    config = compose(*overrides, config_name="evaluate")
-    evaluate.run(config)
-
+def test_both_are_evaluated_on_the_sources_left_out(root):
+    out = root / "runs" / "tiny_real_evaluate"
     results = json.loads((out / "results.json").read_text())
-    assert results["protocol"]["id"] == protocol_id(config.protocol)
+    assert f"`{results['protocol']['id']}`" in PAGE.read_text()
     assert results["num_images"] == NUM_TEST_IMAGES
     assert results["skipped"] == []
     assert set(results["datasets"]) == {f"{name}/test" for name in TEST_SOURCES}
@@ -110,16 +121,12 @@ def test_both_are_evaluated_on_the_sources_left_out(root, bundles, compose):
 
 
 def test_no_test_image_is_in_training(root):
-    assert inspect.main([*map(str, sorted((root / "data" / "real").glob("*/manifest.json")))]) == 0
+    """`inspect` would have ended with 1, and its page would list the pair."""
+    assert "LEAKAGE" not in (root / "data" / "real" / "inspect.html").read_text()
 
 
-def test_the_images_on_which_the_teacher_wavers_are_chosen_and_trained_on(root, bundles, settings):
-    quiet = ["stage.num_workers=0", "trainer.enable_progress_bar=false"]
-    labels = label(settings("tiny_real_label", "run_name=tiny_real_flip", "stage.flip=true", *quiet))
-    chosen = root / "data" / "real" / "hard.json"
-    assert select.main([f"labels={labels}", f"out={chosen}", "fraction=0.3"]) == 0
-    samples = json.loads(chosen.read_text())["samples"]
+def test_the_images_on_which_the_teacher_wavers_are_chosen_and_trained_on(root):
+    labels = root / "runs" / "tiny_real_flip" / "labels" / "manifest.json"
+    samples = json.loads((root / "data" / "real" / "hard.json").read_text())["samples"]
     assert sum(map(len, samples.values())) == round(0.3 * load_manifest(labels).num_samples)
-    own = [f"data.unlabeled.photos.labels={labels}", f"data.unlabeled.photos.selection={chosen}"]
-    run(settings("tiny_real_student", "run_name=tiny_real_hard", *own, *FEW_STEPS))
     assert (root / "runs" / "tiny_real_hard" / "bundle").is_dir()
