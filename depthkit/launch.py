@@ -145,43 +145,45 @@ def parse(argv: list[str]) -> Request:
     return request
 
 
-def plan(request: Request) -> list[Job]:
-    """The jobs in an order in which each comes after those it waits for; ConfigError for settings that cannot work."""
-    experiments = {stage: f"{request.recipe}_{stage}" for stage in STAGES}
-    there = [stage for stage in STAGES if (CONF_DIR / "experiment" / f"{experiments[stage]}.yaml").is_file()]
+def composed(request: Request) -> dict[str, TrainConfig]:
+    """The settings of the recipe's trainings, by stage."""
+    there = [stage for stage in STAGES if (CONF_DIR / "experiment" / f"{request.recipe}_{stage}.yaml").is_file()]
     if not {"teacher", "label", "student"} <= set(there):
         recipes = [path.stem.removesuffix("_label") for path in sorted(CONF_DIR.glob("experiment/*_label.yaml"))]
         raise ConfigError(f"recipe={request.recipe}: must be one of {recipes}")
-    settings = {stage: [f"experiment={experiments[stage]}", *request.settings[stage]] for stage in there}
-    training = {stage: compose(stage, settings[stage]) for stage in there if stage != "label"}
-    student = training["student"]
-    label_sets = {name: data for name, data in student.data.unlabeled.items() if data.labels is not None}
-    pending = {str(data.labels) for data in label_sets.values()}
+    return {stage: compose(stage, settings_of(request, stage)) for stage in there if stage != "label"}
 
+
+def settings_of(request: Request, stage: str) -> list[str]:
+    return [f"experiment={request.recipe}_{stage}", *request.settings[stage]]
+
+
+def plan(request: Request) -> list[Job]:
+    """The jobs in an order in which each comes after those it waits for; ConfigError for settings that cannot work."""
+    trainings = composed(request)
+    student = trainings.pop("student")
     jobs: list[Job] = []
-    for stage in there:
-        before = [job.variable for job in jobs if job.script == "train.sbatch"]
-        if stage == "label":
-            for name, data in label_sets.items():
-                bundle = f"{training['teacher'].run_dir}/bundle"
-                places = {"bundle": bundle, "images": data.manifest, "out": Path(str(data.labels)).parent}
-                own = [*(f"stage.{key}='{value}'" for key, value in places.items()), *settings[stage]]
-                config = compose(stage, own)
-                assert isinstance(config.stage, PseudoLabelConfig)
-                jobs.append(job_of(f"label_{name}", config, request.options[stage], own, before))
-        else:
-            config = training[stage]
-            with naming(stage):
-                validate(config, pending if stage == "student" else ())
-            job = job_of(stage, config, request.options[stage], settings[stage], before)
-            if stage == "student":
-                job.once_ended = [each.variable for each in jobs if each.script == "label.sbatch"]
-            jobs.append(job)
+    for stage, config in trainings.items():
+        with naming(stage):
+            validate(config)
+        before = [job.variable for job in jobs]
+        jobs.append(job_of(stage, config, request.options[stage], settings_of(request, stage), before))
+    before = [job.variable for job in jobs]
+
+    label_sets = {name: data for name, data in student.data.unlabeled.items() if data.labels is not None}
     for name, data in label_sets.items():
-        print(
-            f"not checked, as an earlier stage writes it: data.unlabeled.{name}.labels={data.labels}", file=sys.stderr
-        )
-    return jobs
+        bundle = f"{trainings['teacher'].run_dir}/bundle"
+        places = {"bundle": bundle, "images": data.manifest, "out": Path(str(data.labels)).parent}
+        settings = [*(f"stage.{key}='{value}'" for key, value in places.items()), *settings_of(request, "label")]
+        config = compose("label", settings)
+        jobs.append(job_of(f"label_{name}", config, request.options["label"], settings, before))
+        print(f"not checked, as the label stage writes it: data.unlabeled.{name}.labels={data.labels}", file=sys.stderr)
+
+    with naming("student"):
+        validate(student, pending=[str(data.labels) for data in label_sets.values()])
+    last = job_of("student", student, request.options["student"], settings_of(request, "student"), before)
+    last.once_ended = [f"label_{name}" for name in label_sets]
+    return [*jobs, last]
 
 
 def compose(stage: str, settings: list[str]) -> TrainConfig:
