@@ -13,7 +13,7 @@ import hydra
 import pytest
 from hydra.errors import HydraException
 
-from depthkit import label
+from depthkit import label, launch
 from depthkit.__main__ import VERBS
 from depthkit.config import CONF_DIR, ConfigError, DemoConfig, EvaluateConfig, PseudoLabelConfig, TrainConfig
 from depthkit.evaluation import evaluate
@@ -97,6 +97,8 @@ def assert_composes(verb: str, arguments: list[str], compose) -> None:
     elif verb == "plan":
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             assert isinstance(to_plan_config(hydra.compose("plan", settings)), PlanConfig)
+    elif verb == "launch":
+        assert len(launch.composed(launch.parse(arguments))) >= 2
     else:
         schema = {"train": TrainConfig, "demo": DemoConfig}[verb]
         assert isinstance(compose(*settings, config_name=verb), schema)
