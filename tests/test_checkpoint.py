@@ -13,7 +13,7 @@ from test_train import EVERY_3, assert_same_weights, logged, train, train_and_di
 
 import depthkit
 from depthkit.config import ConfigError
-from depthkit.runtime.checkpoint import Checkpoints, is_whole, newest_checkpoint, read_facts, save_now
+from depthkit.runtime.checkpoint import Checkpoints, best_before, is_whole, newest_checkpoint, read_facts, save_now
 from depthkit.train import run
 
 EVERY_2 = "callbacks.checkpoint.every_n_train_steps=2"
@@ -87,6 +87,14 @@ def test_what_killed_writers_left_is_removed_at_the_next_start(tiny_config, tmp_
     (tmp_path / ".bundle.0a1b.tmp").mkdir()
     train(tiny_config("teacher", tmp_path, EVERY_3))
     assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_the_best_by_another_metric_is_no_measure(validated):
+    folder = validated / "checkpoints"
+    (best,) = folder.glob("best-*.ckpt")
+    assert best_before(folder, 6, "abs_rel") == (str(best), read_facts(best)["validation"]["value"])
+    assert best_before(folder, 6, "delta1") is None
+    assert best_before(folder, 1, "abs_rel") is None
 
 
 # --- what they say ---------------------------------------------------------------------------------------------------

@@ -100,7 +100,6 @@ def test_what_is_frozen_is_left_out(whole):
     state = torch.load(run_dir / "checkpoints" / "00000006.ckpt", weights_only=False)
     average = state["callbacks"]["WeightAverage"]["average"]
     assert {name.split(".")[0] for name in average} == {"model"}
-    assert {name.split(".")[0] for name in state["state_dict"]} == {"model", "frozen_encoder"}
 
 
 def test_a_checkpoint_in_the_middle_of_a_validation_has_the_weights_of_the_step(tiny_config, tmp_path):

@@ -75,7 +75,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = trainer.global_step
-        best = best_before(self.folder, trainer.global_step) if trainer.is_global_zero else None
+        best = best_before(self.folder, trainer.global_step, self.best_metric) if trainer.is_global_zero else None
         self.best_model_path, self.best_model_score = trainer.strategy.broadcast(best) or ("", None)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -177,11 +177,14 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts | {"validation": checkpoint.get("validation")} if facts else {}
 
 
-def best_before(folder: Path, step: int) -> tuple[str, float] | None:
-    """Path and score of the best checkpoint, if it is not of a later step than `step`, to which a run went back."""
+def best_before(folder: Path, step: int, metric: str) -> tuple[str, float] | None:
+    """Path and score of the best checkpoint by a metric, unless it is of a later step than `step`: then it is found
+    again."""
     for path in sorted(folder.glob("best-*.ckpt"), reverse=True):
         if int(path.stem.removeprefix("best-")) <= step and is_whole(path):
-            return str(path), float(read_facts(path)["validation"]["value"])
+            validation = read_facts(path)["validation"]
+            if is_metric(validation["metric"], metric):
+                return str(path), float(validation["value"])
     return None
 
 
