@@ -36,7 +36,7 @@ def parameter_groups(model: nn.Module, encoder: nn.Module, config: OptimConfig) 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> AdamW:
     optimizer = AdamW(groups, betas=(config.betas[0], config.betas[1]), weight_decay=config.weight_decay, fused=True)
     # Clipping needs gradients that are already unscaled; Lightning refuses to clip where the step would unscale them.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
