@@ -74,7 +74,8 @@ def enter(config: TrainConfig) -> tuple[Path | None, bool]:
         compare_network_and_data(config, checkpoint)
     if before is not None:
         compare_settings(config, before, may_differ, path or run_dir)
-    keep_settings(config, settings)
+    if is_first_rank():
+        keep_settings(config, settings)
     return checkpoint, finished
 
 
