@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from shutil import rmtree
 
@@ -24,6 +26,7 @@ TESTS = Path(__file__).parent
 DEVICE = ["trainer.accelerator=gpu"] if torch.cuda.device_count() > 1 else []
 SETTINGS = [*DEVICE, "data.batch_size=12", "optim.encoder_lr=1e-4", "callbacks.checkpoint.every_n_train_steps=2"]
 SETTINGS += ["trainer.gradient_clip_val=0.5", "~callbacks.panels"]
+AVERAGE = ["optim.ema_decay=0.9"]
 ENGINES = {
     "zero1": ["trainer.strategy=deepspeed", "trainer.zero_stage=1"],
     "zero2": [
@@ -74,10 +77,15 @@ def train_two_until_killed(overrides: list[str], folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_config, tmp_path_factory) -> tuple[list[float], Path]:
-    """Losses and folder of one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    return list(train(tiny_config("student", folder, *SETTINGS)).values()), folder
+def alone(tiny_config, tmp_path_factory) -> Callable[..., tuple[list[float], Path]]:
+    """`alone(*overrides)`: losses and folder of one process; each set of overrides is run once."""
+
+    @cache
+    def run_alone(*overrides: str) -> tuple[list[float], Path]:
+        folder = tmp_path_factory.mktemp("alone")
+        return list(train(tiny_config("student", folder, *SETTINGS, *overrides)).values()), folder
+
+    return run_alone
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -86,21 +94,20 @@ def test_two_processes_train_as_one_and_survive_being_killed(engine, alone, tiny
     # Every weight is split, however small.
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     own = [item.format(json=file) for item in ENGINES[engine]]
-    overrides = [*tiny_settings("student", tmp_path / "run"), *SETTINGS, *own]
+    average = [] if engine == "zero3" else AVERAGE  # which ZeRO 3 refuses
+    overrides = [*tiny_settings("student", tmp_path / "run"), *SETTINGS, *own, *average]
 
     checkpoint = train_two_until_killed(overrides, tmp_path)
     assert checkpoint.is_dir()
     (tmp_path / "run" / "checkpoints" / ".00000009.ckpt.tmp").mkdir()  # as one that was being written then
     losses = train_two(overrides, tmp_path)
 
-    expected, folder = alone
+    expected, folder = alone(*average)
     assert 0 < len(losses) < 6
     # Rounding may pick another pixel as a median, so the two drift apart after some steps.
     assert losses == pytest.approx(expected[-len(losses) :], rel=1e-2)
     weights = bundle_weights(folder), bundle_weights(tmp_path / "run")
-    assert list(weights[0]) == list(weights[1])
-    differences = torch.cat([(a - b).abs().flatten() for a, b in zip(*map(dict.values, weights), strict=True)])
-    assert differences.mean() < 1e-5  # the six steps move a weight by up to 3e-3
+    assert mean_difference(*weights) < 1e-5
     metrics = [read_facts(run_dir / "bundle").provenance["metrics"] for run_dir in (folder, tmp_path / "run")]
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-2)
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name[0] != "b")
@@ -120,7 +127,7 @@ def test_two_processes_train_as_one_and_survive_being_killed(engine, alone, tiny
             with pytest.raises(
                 ConfigError, match=f"is of ZeRO 2 on 2 processes, and this run is {now}.*depthkit export"
             ):
-                run(tiny_config("student", tmp_path / "run", *SETTINGS, *own))
+                run(tiny_config("student", tmp_path / "run", *SETTINGS, *average, *own))
 
 
 def assert_damage_is_noticed(checkpoint: Path) -> None:
@@ -137,8 +144,23 @@ def assert_damage_is_noticed(checkpoint: Path) -> None:
 
 
 def test_one_process_goes_on_from_two_of_ddp(alone, tiny_config, tiny_settings, tmp_path):
-    train_two_until_killed([*tiny_settings("student", tmp_path / "run"), *SETTINGS, "trainer.strategy=ddp"], tmp_path)
-    expected, _ = alone
-    after = list(train(tiny_config("student", tmp_path / "run", *SETTINGS)).values())
+    settings = [*SETTINGS, *AVERAGE]
+    train_two_until_killed([*tiny_settings("student", tmp_path / "run"), *settings, "trainer.strategy=ddp"], tmp_path)
+    expected, folder = alone(*AVERAGE)
+    after = list(train(tiny_config("student", tmp_path / "run", *settings)).values())
     assert 0 < len(after) < 6
     assert after == pytest.approx(expected[-len(after) :], rel=1e-2)
+    assert mean_difference(bundle_weights(folder), bundle_weights(tmp_path / "run")) < 1e-5
+
+
+def test_averaged_weights_are_others(alone):
+    """Or the comparisons above would say nothing about the average."""
+    _, plain = alone()
+    _, averaged = alone(*AVERAGE)
+    assert mean_difference(bundle_weights(plain), bundle_weights(averaged)) > 1e-4
+
+
+def mean_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """Of every weight; the six steps of a test move one by up to 3e-3."""
+    assert list(first) == list(second)
+    return float(torch.cat([(first[name] - second[name]).abs().flatten() for name in first]).mean())
