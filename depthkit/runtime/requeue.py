@@ -18,6 +18,7 @@ import lightning as L
 import torch
 import torch.distributed
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -142,7 +143,8 @@ def close(trainer: L.Trainer) -> None:
 def slurm_environment() -> list[SLURMEnvironment]:
     """The Trainer's plugin under Slurm, without Lightning's own handler of signals: that one can lock up in short
     steps, and loses the run on SIGTERM."""
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    is_used = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if is_used else []
 
 
 def job_id() -> str | None:
