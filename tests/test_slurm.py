@@ -4,6 +4,7 @@ The jobs of a phase run side by side; the tests then look at what each of them l
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -28,10 +29,13 @@ Submit = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def submit(cluster: Cluster, tiny_settings) -> Submit:
-    """`submit(name, *settings, partition="main")`: the number of a training job on two nodes, in the folder `name`."""
+    """`submit(name, *settings, partition="main", path=None)`: a training job on two nodes in the folder `name`; its
+    tasks find programs in `path`."""
 
-    def submit_training(name: str, *settings: str, partition: str = "main") -> str:
+    def submit_training(name: str, *settings: str, partition: str = "main", path: str | None = None) -> str:
         options = [*TWO_NODES, f"--partition={partition}", f"--job-name={name}", "--time=1:00:00"]
+        if path is not None:
+            options.append(f"--export=ALL,DEPTHKIT_PYTHON=/usr/bin/env PATH={path} {sys.executable}")
         training = [*tiny_settings("teacher", cluster.folder / name), f"trainer.max_steps={STEPS}"]
         training += ["callbacks.checkpoint.every_n_train_steps=5", *settings]
         return cluster.submit(*options, SCRIPTS / "train.sbatch", *training)
@@ -43,8 +47,10 @@ def submit(cluster: Cluster, tiny_settings) -> Submit:
 def jobs(cluster: Cluster, submit: Submit) -> dict[str, str]:
     """The training jobs, by what happens to them; all have ended."""
     found = {"undisturbed": submit("undisturbed"), "USR1": submit("USR1", SLOW)}
-    wait_until_trained(cluster, "USR1")
-    cluster.run("scancel", "--signal=USR1", found["USR1"])
+    found["no_scontrol"] = submit("no_scontrol", SLOW, path="/nowhere")
+    for name in ("USR1", "no_scontrol"):
+        wait_until_trained(cluster, name)
+        cluster.run("scancel", "--signal=USR1", found[name])
     cluster.wait([found["undisturbed"]])
 
     found |= {"no_grace": submit("no_grace", SLOW), "grace": submit("grace", SLOW, partition="grace")}
@@ -83,7 +89,7 @@ def test_two_nodes_train(cluster: Cluster, jobs: dict[str, str]) -> None:
     assert (cluster.folder / "undisturbed" / "bundle" / "model.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["USR1", "no_grace", "grace"])
+@pytest.mark.parametrize("name", ["USR1", "no_scontrol", "no_grace", "grace"])
 def test_a_signalled_job_saves_and_goes_on_at_that_very_step(name: str, cluster: Cluster, jobs: dict[str, str]) -> None:
     log = cluster.log(name)
     saved, restored = steps_in(log, "saved "), steps_in(log, "Restored all states from the checkpoint at ")
@@ -91,6 +97,7 @@ def test_a_signalled_job_saves_and_goes_on_at_that_very_step(name: str, cluster:
     assert saved == restored
     assert all(0 < step < STEPS for step in saved)
     assert restarts(cluster, jobs[name]) == len(saved)
+    assert ("exit code 175 asks the batch script" in log) == (name == "no_scontrol")
     assert_same_weights(cluster.folder / name, cluster.folder / "undisturbed")
 
 
