@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from depthkit.data.manifest import Codec
+from depthkit.data.png16 import decode_png16
 from depthkit.data.quarantine import SampleError
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -130,7 +131,10 @@ def _read_png(data: bytes, bit_depth: int) -> np.ndarray:
     if (found_depth, colour_type) != (bit_depth, 0):
         found = f"{found_depth}-bit {PNG_COLOUR_TYPES.get(colour_type, 'unknown')} PNG"
         raise SampleError(f"{found} where the manifest says png{bit_depth} ({bit_depth}-bit grey)")
-    stored = imdecode(data, cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+    decoded = decode_png16(data) if bit_depth == 16 else data
+    if isinstance(decoded, np.ndarray):
+        return decoded
+    stored = imdecode(decoded, cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if stored is None:
         raise SampleError("PNG is cut off or damaged")
     return stored
