@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 
 from depthkit import label, launch
 from depthkit.__main__ import VERBS
+from depthkit.compose import register_schemas
 from depthkit.config import CONF_DIR, ConfigError, DemoConfig, EvaluateConfig, PseudoLabelConfig, TrainConfig
 from depthkit.evaluation import evaluate
 from depthkit.planning.plan import to_plan_config
@@ -95,6 +96,7 @@ def assert_composes(verb: str, arguments: list[str], compose) -> None:
     elif verb == "evaluate":
         assert isinstance(compose(*evaluate.as_lists(settings), config_name="evaluate"), EvaluateConfig)
     elif verb == "plan":
+        register_schemas()
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             assert isinstance(to_plan_config(hydra.compose("plan", settings)), PlanConfig)
     elif verb == "launch":
