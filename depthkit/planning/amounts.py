@@ -16,7 +16,7 @@ from depthkit.planning.settings import PlanConfig
 
 LABEL_BYTES = 596_731
 """Of a pseudo-label with a shorter side of 518 px, measured: docs/label-storage.md."""
-CORE_RATES = {"labeled": 60.2, "unlabeled": 94.2}
+CORE_RATES = {"labeled": 74.3, "unlabeled": 86.1}
 """Images/s that one core loads at 960 x 1280 px, measured: docs/benchmarks.md."""
 IMAGE_ASPECT = 4 / 3
 """Longer side over shorter side of an image that is labeled whole. Assumed."""
@@ -137,7 +137,8 @@ def loader_figure(config: PlanConfig, rate: Figure) -> Figure:
     per_step = config.data.images_per_step()
     seconds = sum(count / CORE_RATES[name] for name, count in per_step.items()) / sum(per_step.values())
     cores = None if rate.value is None else rate.value * seconds * config.trainer.devices
-    source = "one core loads 60.2 labeled, 94.2 unlabeled images/s of 960 x 1280 (docs/benchmarks.md)"
+    rates = " and ".join(f"{rate} {name}" for name, rate in CORE_RATES.items())
+    source = f"one core loads {rates} images/s of 960 x 1280 (docs/benchmarks.md)"
     basis = weakest(["measured", rate.basis])
     return Figure("loader cores per node", None if cores is None else math.ceil(cores), "", basis, source)
 
