@@ -27,10 +27,11 @@ demo: setup  ## Run the whole recipe on a small procedural world (about 5 minute
 	$(BIN)/depthkit demo seed=$(seed) out=$(out)$(if $(scale), scale=$(scale))
 
 test: setup  ## Run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(workers) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(workers) -m 'not slurm'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slurm
 
 test-fast: setup  ## Run the tests that take no more than a few seconds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(workers) --dist loadgroup -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(workers) -m 'not slow'
 
 lint: setup  ## Check style
 	$(BIN)/ruff check .

@@ -214,7 +214,7 @@ def test_ranges_are_checked_while_composing(compose):
         compose("stage=pseudo_label", "data=tiny_teacher")
 
 
-@pytest.mark.parametrize("override", ["+optim.encoder_rl=1", "+data.labeled.source.world.sizes=1", "+sweep=3"])
+@pytest.mark.parametrize("override", ["+optim.encoder_rl=1", "+data.labeled.source.world.sizes=1", "+swept=3"])
 def test_a_plus_does_not_smuggle_in_an_unknown_key(compose, override):
     """Hydra adds any key after a plus sign, also to a dataclass that has no such field."""
     key = override[1:].split("=")[0]

@@ -11,7 +11,7 @@ import pytest
 from slurm_cluster import SCRIPTS, Cluster, boot, cluster_of_two, kill_node, wait_for
 from test_train import assert_same_weights
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--mem-per-cpu=500"]
 STEPS = 100

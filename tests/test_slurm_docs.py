@@ -12,7 +12,7 @@ from test_readme import SHELL_BLOCK
 
 from depthkit.bundle import read_facts
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 PAGE = ROOT / "docs" / "cluster.md"
 LINES = "".join(SHELL_BLOCK.findall(PAGE.read_text())).replace("\\\n", " ").splitlines()

@@ -11,7 +11,7 @@ from slurm_cluster import SCRIPTS, Cluster, cluster_of_two, wait_for
 
 from depthkit.data.procedural import WorldSpec, write_world
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 SLOW = "+callbacks.slow={_target_:slurm_cluster.SlowSteps,seconds:0.3}"
 

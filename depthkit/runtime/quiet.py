@@ -10,6 +10,7 @@ NOT_ACTIONABLE = (
     r"You're resuming from a checkpoint that ended before the epoch ended",  # the order of the data starts at the step
     r"Checkpoint directory .* exists and is not empty",  # every continued run
     r"Couldn't infer the batch indices fetched from your dataloader",  # chunks name their own images
+    r"The `srun` command is available on your system but is not used",  # on a login node; docs/cluster.md has jobs
     r".*does not have many workers which may be a bottleneck",  # throughput/data_wait measures it
 )
 """Warnings that are wrong here, each with its reason."""
