@@ -76,6 +76,40 @@ def test_when_one_of_four_is_killed_the_rest_finish(start: Start, tmp_path: Path
     assert not [path for path in out.iterdir() if path.name.startswith(".train")], "what the dead one left is gone"
 
 
+DIES_AT_A_FLUSH = """
+import os, sys
+from depthkit import __main__, label
+flush, left = os.fsync, [int(sys.argv.pop(1))]
+def fsync(file):
+    left[0] -= 1
+    if left[0] < 0 and ".train-" in os.readlink(f"/proc/self/fd/{file}"):
+        os._exit(9)
+    flush(file)
+os.fsync = fsync
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks up the names of open files in /proc")
+def test_a_death_in_any_write_of_a_shard_leaves_nothing_behind(run_label: Label, tiny_teacher: Path, tmp_path: Path):
+    images, deaths = write_images(tmp_path / "images", 1), 0
+    for number in range(100):
+        out = tmp_path / f"labels{number}"
+        arguments = ["label", f"bundle={tiny_teacher}", f"images={images}", f"out={out}", "stage.batch_size=2"]
+        arguments += ["stage.num_workers=0", "trainer.enable_progress_bar=false", f"paths.runs={tmp_path}/runs"]
+        command = [sys.executable, "-c", DIES_AT_A_FLUSH, str(number), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode in (0, 9), done.stderr
+        if done.returncode == 0:
+            break
+        deaths += 1
+        run_label(images, out)
+        assert_complete(images, out)
+        assert not [path for path in out.iterdir() if path.name.startswith(".train")]
+    assert deaths >= 3  # the tar, its index, its record
+
+
 @pytest.mark.slow
 def test_a_process_that_is_paused_and_comes_back_does_no_harm(start: Start, images: Path, tmp_path: Path):
     """Its claims fall silent; as another process cannot see that it only sleeps, they are taken over."""

@@ -250,7 +250,7 @@ def exchange(tar: Path) -> None:
     other = tar.with_name("train-000000.tar")
     tar.write_bytes(other.read_bytes())
     record = label_store.load_record(other)
-    label_store.save_record(replace(record, shard=replace(record.shard, path=tar.name)), tar)
+    label_store.save_record(replace(record, shard=replace(record.shard, path=tar.name)), tar, "token")
 
 
 @pytest.mark.parametrize("harm", [flip_a_byte, change_the_record, exchange, Path.unlink])

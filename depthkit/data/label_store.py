@@ -47,6 +47,7 @@ class OpenLabels:
         self.keys: list[str] = []
         self.rejected: dict[str, str] = {}
         self._num_samples = num_samples
+        self._token = token
         self._writer = ShardWriter(path.with_name(f".{path.name}.{token}"))
         self._waiting: dict[int, dict[str, bytes]] = {}
         self._num_written = 0
@@ -71,7 +72,9 @@ class OpenLabels:
             described = replace(self._writer.close(), path=name)
             if keep_first(self._writer.path, self.path):
                 index_path(self._writer.path).replace(index_path(self.path))
-                save_record(Record(shard=described, rejected=self.rejected, unreadable=unreadable), self.path)
+                save_record(
+                    Record(shard=described, rejected=self.rejected, unreadable=unreadable), self.path, self._token
+                )
         index_path(self._writer.path).unlink(missing_ok=True)
 
     def abandon(self) -> None:
@@ -83,7 +86,7 @@ class OpenLabels:
 def remove_leftovers(path: Path, token: str) -> None:
     """What a dead process left of its attempt at `path`."""
     for left in path.parent.iterdir():
-        if f"{path.name}.{token}" in left.name:
+        if path.name in left.name and token in left.name:
             left.unlink(missing_ok=True)
 
 
@@ -107,8 +110,8 @@ def record_path(tar: Path) -> Path:
     return tar.with_name(f"{tar.name}.label.json")
 
 
-def save_record(record: Record, tar: Path) -> None:
-    with atomic_write(record_path(tar)) as file:
+def save_record(record: Record, tar: Path, token: str) -> None:
+    with atomic_write(record_path(tar), token) as file:
         file.write(json.dumps(asdict(record)).encode())
 
 

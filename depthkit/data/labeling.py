@@ -143,7 +143,7 @@ class LabelShards:
         if record_path(path).exists():
             return True
         try:
-            save_record(describe_labels(self.folder, self.names[shard]), path)
+            save_record(describe_labels(self.folder, self.names[shard]), path, self.claims.token)
             check_labels(self.folder, self.names[shard], self.images, shard)
         except ValueError as error:
             self._forget(shard, str(error))
