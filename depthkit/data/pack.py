@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from depthkit.data.adopt import adopt, are_tars, name_of_tars
 from depthkit.data.datasets import read_dataset
 from depthkit.data.index import load_index
 from depthkit.data.keys import key_hashes, repeated_keys
@@ -44,6 +45,8 @@ INPUT is one of
   DIR of Hugging Face     `datasets`: metadata.jsonl or .csv with file_name and depth_file_name, or .parquet files with
                           the columns image and depth
   DIR                     images without labels, in folders, tars and zips
+  URL or path with braces WebDataset tars of images that stay where they are, 'https://.../photos-{000..063}.tar' or
+                          'pipe:aws s3 cp s3://.../{000..063}.tar -': each is read once, for the manifest alone
 Files are copied byte for byte; images that are not JPEG, PNG or WebP become lossless 8-bit PNG, labels in HDF5 .npz. A
 folder unlabeled/ beside an index is packed as well.
 
@@ -59,6 +62,8 @@ def main(argv: list[str]) -> int:
     """Pack what the command line names; returns the exit code that `--help` describes."""
     args = _parse_arguments(argv)
     try:
+        if any(map(are_tars, args.inputs)):
+            return _adopt(args)
         sets = list(find_sets(args.inputs, _label_fields(args)))
         splits = _splits(sets, val=args.val_sources, test=args.test_sources)
         records = pack(sets, splits, args.out, samples_per_shard=args.samples_per_shard, num_workers=args.workers)
@@ -66,6 +71,22 @@ def main(argv: list[str]) -> int:
         print(f"depthkit pack: {error}", file=sys.stderr)
         return 2
     return _report(sets, splits, records, args.out)
+
+
+def _adopt(args: argparse.Namespace) -> int:
+    """Write the manifest of tars that stay where they are."""
+    (tars, *others), label_fields = args.inputs, _label_fields(args)
+    if others:
+        raise ValueError(f"{tars}: tars that stay where they are become one data set; pack {others[0]} by itself")
+    if label_fields:
+        raise ValueError(f"{tars}: tars are taken for images alone; leave out {', '.join(label_fields)}")
+    name = args.name or name_of_tars(tars)
+    splits = {set_name: split for split in ("val", "test") for set_name in getattr(args, f"{split}_sources")}
+    if splits.keys() - {name}:
+        raise ValueError(f"{', '.join(splits)}: the only data set here is {name}")
+    manifest = adopt(tars, args.out, name=name, split=splits.get(name, "train"), num_workers=args.workers)
+    print(f"{args.out / name / 'manifest.json'}: {len(manifest.shards)} tars of {manifest.num_samples} samples")
+    return 0
 
 
 def find_sets(inputs: list[str], label_fields: dict[str, Any]) -> Iterator[PairSet]:
@@ -246,6 +267,7 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes; default: all cores"
     )
+    parser.add_argument("--name", help="of the data set of tars; default: what the names of the tars begin with")
     for split in ("val", "test"):
         parser.add_argument(
             f"--{split}-sources", type=_names, default=[], metavar="A,B", help=f"data sets of the {split} split"
