@@ -29,11 +29,19 @@ Submit = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def submit(cluster: Cluster, tiny_settings) -> Submit:
-    """`submit(name, *settings, partition="main", path=None)`: a training job on two nodes in the folder `name`; its
-    tasks find programs in `path`."""
+    """`submit(name, *settings, partition="main", path=None, limit="60", signal="USR1@300")`: a training job on two
+    nodes in the folder `name`; its tasks find programs in `path`; `limit` is in minutes."""
 
-    def submit_training(name: str, *settings: str, partition: str = "main", path: str | None = None) -> str:
-        options = [*TWO_NODES, f"--partition={partition}", f"--job-name={name}", "--time=1:00:00"]
+    def submit_training(
+        name: str,
+        *settings: str,
+        partition: str = "main",
+        path: str | None = None,
+        limit: str = "60",
+        signal: str = "USR1@300",
+    ) -> str:
+        options = [*TWO_NODES, f"--partition={partition}", f"--job-name={name}"]
+        options += [f"--time={limit}", f"--signal={signal}"]
         if path is not None:
             options.append(f"--export=ALL,DEPTHKIT_PYTHON=/usr/bin/env PATH={path} {sys.executable}")
         training = [*tiny_settings("teacher", cluster.folder / name), f"trainer.max_steps={STEPS}"]
@@ -105,6 +113,20 @@ def test_a_job_on_a_node_that_dies_goes_on_from_its_last_checkpoint(cluster: Clu
     assert restarts(cluster, jobs["node"]) >= 1
     assert steps_in(cluster.log("node"), "Restored all states from the checkpoint at ")
     assert_same_weights(cluster.folder / "node", cluster.folder / "undisturbed")
+
+
+def test_a_job_that_reaches_its_time_limit_goes_on_where_it_was(
+    cluster: Cluster, submit: Submit, jobs: dict[str, str]
+) -> None:
+    """Slurm looks at limits every half minute, so the signal comes between one and two minutes after the start."""
+    slow = SLOW.replace("0.2", "1.2")
+    job = submit("limit", slow, limit="3", signal="USR1@90")
+    cluster.wait([job])
+    log = cluster.log("limit")
+    saved = steps_in(log, "saved ")
+    assert saved == steps_in(log, "Restored all states from the checkpoint at ")
+    assert restarts(cluster, job) == len(saved) > 0
+    assert_same_weights(cluster.folder / "limit", cluster.folder / "undisturbed")
 
 
 def test_a_job_that_is_cancelled_saves_and_stays_cancelled(

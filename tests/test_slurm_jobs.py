@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 from slurm_cluster import SCRIPTS, Cluster, cluster_of_two, wait_for
+from test_train import assert_same_weights
 
 from depthkit.data.procedural import WorldSpec, write_world
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
+SIXTY_STEPS = ["trainer.max_steps=60", "callbacks.checkpoint.every_n_train_steps=5"]
 SLOW = "+callbacks.slow={_target_:slurm_cluster.SlowSteps,seconds:0.3}"
 
 
@@ -68,7 +70,7 @@ def sweep(cluster: Cluster, tiny_settings) -> tuple[Path, int, str]:
     """Folder, exit code and output of a sweep over three seeds: the first is killed, the second preempted."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'depthkit[slurm]'")
     folder = cluster.folder / "sweep"
-    settings = [*tiny_settings("teacher", folder), "trainer.max_steps=60", "callbacks.checkpoint.every_n_train_steps=5"]
+    settings = [*tiny_settings("teacher", folder), *SIXTY_STEPS]
     settings += ["hydra/launcher=slurm", "seed=0,1,2", SLOW, "hydra.launcher.mem_gb=1"]
     process = cluster.start("python", "-m", "depthkit", "train", "--multirun", *settings)
     wait_for(
@@ -90,7 +92,9 @@ def test_a_killed_trial_takes_no_other_one_along(sweep: tuple[Path, int, str]) -
     assert (folder / "2" / "bundle" / "model.json").is_file()
 
 
-def test_a_preempted_trial_goes_on_and_gives_its_result(sweep: tuple[Path, int, str]) -> None:
+def test_a_preempted_trial_goes_on_and_ends_with_the_weights_of_an_undisturbed_run(
+    cluster: Cluster, tiny_settings, sweep: tuple[Path, int, str]
+) -> None:
     folder, _, _ = sweep
     record = json.loads((folder / "1" / "job.json").read_text())
     assert record["value"] > 0
@@ -98,3 +102,6 @@ def test_a_preempted_trial_goes_on_and_gives_its_result(sweep: tuple[Path, int, 
     saved = re.findall(rf"SIGUSR2: saved {folder}/1/checkpoints/(\d+)\.ckpt", logs)
     assert len(saved) == 1
     assert f"Restored all states from the checkpoint at {folder}/1/checkpoints/{saved[0]}.ckpt" in logs
+    alone = cluster.folder / "alone_1"
+    cluster.run("python", "-m", "depthkit", "train", *tiny_settings("teacher", alone), *SIXTY_STEPS, "seed=1")
+    assert_same_weights(folder / "1", alone)
