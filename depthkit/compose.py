@@ -11,17 +11,16 @@ from depthkit.config import (
     DataConfig,
     DatasetConfig,
     DemoConfig,
-    EvaluateConfig,
     ModelConfig,
     OptimConfig,
     PretrainConfig,
-    ProtocolConfig,
     PseudoLabelConfig,
     StudentConfig,
     TeacherConfig,
     TrainConfig,
     TrainerConfig,
 )
+from depthkit.evaluation.settings import EvaluateConfig, ProtocolConfig
 from depthkit.planning.settings import ClusterConfig, PlanConfig
 from depthkit.sweeps.settings import SearchConfig
 

@@ -12,19 +12,13 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from depthkit.errors import ConfigError as ConfigError
+from depthkit.errors import check as check
+from depthkit.evaluation.settings import ProtocolConfig
+
 PACKAGE = Path(__file__).parent
 CONF_DIR = next(d for d in (PACKAGE / "conf", PACKAGE.parent / "conf") if d.is_dir())
 """The YAML files: inside the package in a wheel, beside it in a checkout."""
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names the field, the value and what is allowed."""
-
-
-def check(condition: bool, field_name: str, value: object, allowed: str) -> None:
-    """Raise `ConfigError` naming the field, the value and the allowed range unless `condition`."""
-    if not condition:
-        raise ConfigError(f"{field_name}={value!r}: must be {allowed}")
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -264,69 +258,6 @@ class StudentConfig(StageConfig):
         check(sum(weights) > 0, "stage weights (labeled, unlabeled, feature)", weights, "not all 0")
         check(0 <= self.tolerance_margin <= 2, "stage.tolerance_margin", self.tolerance_margin, "0 to 2, on 1 - cos")
         check(0 <= self.drop_fraction < 1, "stage.drop_fraction", self.drop_fraction, "0 to < 1")
-
-
-# --- evaluation ------------------------------------------------------------------------------------------------------
-
-
-METRIC_NAMES = ["abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "delta1", "delta2", "delta3"]
-"""The keys of `metrics.METRICS`, here so that a wrong name is found before torch is imported."""
-
-
-class Alignment(Enum):
-    """The space in which scale and shift of a prediction are fitted, per image (`evaluation/protocols.py`)."""
-
-    disparity_least_squares = "disparity_least_squares"
-    depth_least_squares = "depth_least_squares"
-
-
-class DepthUnit(Enum):
-    """What the depths of a protocol are measured in: metres, or the largest ground truth depth of the image."""
-
-    metres = "metres"
-    image_maximum = "image_maximum"
-
-
-@dataclass(kw_only=True)
-class ProtocolConfig:
-    """One way to turn a prediction and ground truth into numbers. The steps are applied in the order of the fields."""
-
-    name: str = MISSING
-    unit: DepthUnit = DepthUnit.metres
-    min_depth: float = 1e-3  # ground truth outside (min_depth, max_depth] is not evaluated; in `unit`
-    max_depth: float = MISSING  # the cap: aligned predictions are clamped to [min_depth, max_depth]
-    crop: list[float] | None = None  # evaluated box: top, bottom, left, right as shares of height and width
-    alignment: Alignment = MISSING
-    metrics: list[str] = field(default_factory=lambda: list(METRIC_NAMES))
-
-    def __post_init__(self) -> None:
-        # An integer would be the same protocol with another id.
-        self.min_depth, self.max_depth = float(self.min_depth), float(self.max_depth)
-        limits = f"0 < min_depth={self.min_depth} < max_depth"
-        check(0 < self.min_depth < self.max_depth, "protocol.max_depth", self.max_depth, limits)
-        check(set(self.metrics) <= set(METRIC_NAMES), "protocol.metrics", self.metrics, f"among {METRIC_NAMES}")
-        check(len(self.metrics) > 0, "protocol.metrics", self.metrics, "at least one")
-        if self.crop is not None:
-            self.crop = [float(share) for share in self.crop]
-            box = "[top, bottom, left, right], each pair 0 <= first < second <= 1"
-            check(len(self.crop) == 4, "protocol.crop", self.crop, box)
-            top, bottom, left, right = self.crop
-            check(0 <= top < bottom <= 1 and 0 <= left < right <= 1, "protocol.crop", self.crop, box)
-
-
-@dataclass(kw_only=True)
-class EvaluateConfig:
-    """`depthkit evaluate model=A,B dataset=MANIFEST,... protocol=NAME out=DIR`."""
-
-    models: list[str] = MISSING  # bundle folders
-    datasets: list[str] = MISSING  # manifests with ground truth
-    protocol: ProtocolConfig = MISSING
-    out: str = "runs/evaluate"
-    num_pictures: int = 8  # images shown in the report
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        check(self.num_pictures > 0, "num_pictures", self.num_pictures, "> 0")
 
 
 # --- run -------------------------------------------------------------------------------------------------------------

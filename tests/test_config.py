@@ -10,22 +10,20 @@ from omegaconf import OmegaConf
 from depthkit.checks import check_streams, num_steps, size_multiple, validate
 from depthkit.config import (
     CONF_DIR,
-    Alignment,
     AugmentConfig,
     ConfigError,
     DataConfig,
     DatasetConfig,
-    EvaluateConfig,
     ModelConfig,
     OptimConfig,
     PretrainConfig,
-    ProtocolConfig,
     PseudoLabelConfig,
     StudentConfig,
     TeacherConfig,
     TrainConfig,
     WorldConfig,
 )
+from depthkit.evaluation.settings import Alignment, EvaluateConfig, ProtocolConfig
 from depthkit.models import build_encoder, build_model
 
 

@@ -13,13 +13,13 @@ import cv2
 import numpy as np
 import pytest
 
-from depthkit.config import Alignment, DepthUnit, ProtocolConfig
 from depthkit.data.manifest import Manifest, Shard, TargetSpec, save_manifest
 from depthkit.data.writer import ShardWriter
 from depthkit.evaluation.evaluate import as_lists, evaluate, short_names
 from depthkit.evaluation.protocols import protocol_id
 from depthkit.evaluation.report import choose_images, shrink, write_report
 from depthkit.evaluation.results import Evaluation, results, save
+from depthkit.evaluation.settings import Alignment, DepthUnit, ProtocolConfig
 from depthkit.types import Kind, Prediction
 
 PROTOCOL = ProtocolConfig(name="disparity", max_depth=80, alignment=Alignment.disparity_least_squares)

@@ -29,7 +29,7 @@ PROVENANCE = {
     "steps": 100,
     "data": {"labeled.a": {"name": "a", "split": "train", "digest": "0" * 64, "licence": "CC BY-NC 4.0"}},
     "encoder_weights": None,
-    "metrics": {"val/affine_disparity@a7efcd40/abs_rel": 0.123},
+    "metrics": {"val/affine_disparity@f018826e/abs_rel": 0.123},
 }
 
 
@@ -61,7 +61,7 @@ def test_pth_has_the_keys_of_the_original(bundle, tmp_path, capsys):
 def test_model_card_tells_where_the_model_comes_from(bundle, tmp_path):
     assert main([str(bundle), "--format", "hf", "--out", str(tmp_path / "hf")]) == 0
     card = (tmp_path / "hf" / "README.md").read_text()
-    for fact in ("CC BY-NC 4.0", "affine_disparity@a7efcd40", "0.123", "my_student", "cc-by-nc-4.0"):
+    for fact in ("CC BY-NC 4.0", "affine_disparity@f018826e", "0.123", "my_student", "cc-by-nc-4.0"):
         assert fact in card
 
 

@@ -10,13 +10,8 @@ import torch
 from test_stages import MODEL
 from torch import Tensor
 
-from depthkit.config import (
-    Alignment,
-    ModelConfig,
-    OptimConfig,
-    ProtocolConfig,
-    TeacherConfig,
-)
+from depthkit.config import ModelConfig, OptimConfig, TeacherConfig
+from depthkit.evaluation.settings import Alignment, ProtocolConfig
 from depthkit.models import build_model
 from depthkit.stages.teacher import TeacherModule
 

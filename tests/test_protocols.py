@@ -10,8 +10,9 @@ from hydra import initialize_config_dir
 from torch import Tensor
 
 from depthkit.compose import register_schemas, to_config
-from depthkit.config import CONF_DIR, METRIC_NAMES, Alignment, DepthUnit, ProtocolConfig
+from depthkit.config import CONF_DIR
 from depthkit.evaluation.protocols import compare, protocol_id, score
+from depthkit.evaluation.settings import METRIC_NAMES, Alignment, DepthUnit, ProtocolConfig
 from depthkit.metrics import METRICS
 
 DISPARITY = ProtocolConfig(name="disparity", max_depth=80, alignment=Alignment.disparity_least_squares)

@@ -16,8 +16,9 @@ from hydra.errors import HydraException
 from depthkit import label, launch
 from depthkit.__main__ import VERBS
 from depthkit.compose import register_schemas
-from depthkit.config import CONF_DIR, ConfigError, DemoConfig, EvaluateConfig, PseudoLabelConfig, TrainConfig
+from depthkit.config import CONF_DIR, ConfigError, DemoConfig, PseudoLabelConfig, TrainConfig
 from depthkit.evaluation import evaluate
+from depthkit.evaluation.settings import EvaluateConfig
 from depthkit.planning.plan import to_plan_config
 from depthkit.planning.settings import PlanConfig
 

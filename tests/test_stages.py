@@ -7,16 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from depthkit.config import (
-    Alignment,
-    DepthLoss,
-    ModelConfig,
-    OptimConfig,
-    PretrainConfig,
-    ProtocolConfig,
-    StudentConfig,
-    TeacherConfig,
-)
+from depthkit.config import DepthLoss, ModelConfig, OptimConfig, PretrainConfig, StudentConfig, TeacherConfig
+from depthkit.evaluation.settings import Alignment, ProtocolConfig
 from depthkit.losses import affine_invariant_loss, gradient_matching_loss, scale_shift_invariant_loss
 from depthkit.models import DepthModel, build_encoder, build_model
 from depthkit.optim import parameter_groups

@@ -14,11 +14,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from depthkit.config import EvaluateConfig, ProtocolConfig
 from depthkit.data.quarantine import SampleError
 from depthkit.evaluation.ground_truth import Case, EvaluationSet, check_enough_pixels, score_case
 from depthkit.evaluation.report import write_report
 from depthkit.evaluation.results import Evaluation, ScoredImage, Scores, save, summary_table
+from depthkit.evaluation.settings import EvaluateConfig, ProtocolConfig
 from depthkit.hydra_entry import hydra_main
 from depthkit.inference.loading import load
 from depthkit.inference.predictor import Predictor

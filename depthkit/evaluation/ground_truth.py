@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthkit.config import DepthUnit, ProtocolConfig
 from depthkit.data.decode import decode_image, decode_target, read_facts
 from depthkit.data.manifest import TargetSpec, load_manifest
 from depthkit.data.quarantine import SampleError
 from depthkit.data.remote import root_of
 from depthkit.data.shards import ShardReader, image_member
 from depthkit.evaluation.protocols import MIN_PIXELS, Comparison, compare, evaluated_pixels, score
+from depthkit.evaluation.settings import DepthUnit, ProtocolConfig
 from depthkit.geometry import reciprocal
 from depthkit.types import Prediction, Rejection
 

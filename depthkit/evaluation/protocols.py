@@ -9,7 +9,8 @@ Shapes: B images, H/W ground truth pixels. Maps are (B, H, W).
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from enum import Enum
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from depthkit.alignment import align_least_squares, zero_invalid
-from depthkit.config import Alignment, DepthUnit, ProtocolConfig
+from depthkit.evaluation.settings import Alignment, DepthUnit, ProtocolConfig
 from depthkit.geometry import reciprocal
 from depthkit.metrics import compute_metrics
 from depthkit.types import Kind
@@ -40,16 +41,23 @@ class Comparison(NamedTuple):
 
 def protocol_fields(protocol: ProtocolConfig) -> dict[str, Any]:
     """The settings as plain JSON values."""
-    return {**asdict(protocol), "unit": protocol.unit.value, "alignment": protocol.alignment.value}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in asdict(protocol).items()}
 
 
 def protocol_id(protocol: ProtocolConfig) -> str:
     """`NAME@HASH`: 8 hex digits of the sha256 over everything that changes a number.
 
-    Two numbers of one metric are comparable when they carry the same hash. Name and choice of metrics do not enter.
+    Two numbers of one metric are comparable when they carry the same hash. Name, data sets and choice of metrics do not
+    enter, nor do settings at their default: one that is added later leaves the ids of older protocols as they were.
     """
-    fields = {key: value for key, value in protocol_fields(protocol).items() if key not in ("name", "metrics")}
-    text = json.dumps({**fields, "min_pixels": MIN_PIXELS}, sort_keys=True, separators=(",", ":"))
+    usual = {field.name: field.default for field in fields(protocol)}
+    plain = protocol_fields(protocol)
+    deciding = {
+        name: plain[name]
+        for name in plain.keys() - {"name", "datasets", "metrics"}
+        if getattr(protocol, name) != usual[name]
+    }
+    text = json.dumps({**deciding, "min_pixels": MIN_PIXELS}, sort_keys=True, separators=(",", ":"))
     return f"{protocol.name}@{sha256(text.encode()).hexdigest()[:8]}"
 
 

@@ -13,10 +13,10 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.colors import to_hex
 
 from depthkit import __version__
-from depthkit.config import DepthUnit
 from depthkit.evaluation.ground_truth import compare_case
 from depthkit.evaluation.protocols import protocol_fields, protocol_id
 from depthkit.evaluation.results import Evaluation, ScoredImage, arrow, best_model, dataset_facts
+from depthkit.evaluation.settings import DepthUnit
 from depthkit.files import atomic_write
 from depthkit.metrics import METRICS
 from depthkit.visualize import (

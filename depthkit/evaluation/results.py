@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from depthkit import __version__
-from depthkit.config import ProtocolConfig
 from depthkit.evaluation.ground_truth import EvaluationSet
 from depthkit.evaluation.protocols import protocol_fields, protocol_id
+from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.files import atomic_write
 from depthkit.inference.predictor import Predictor
 from depthkit.metrics import METRICS

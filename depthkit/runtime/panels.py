@@ -8,10 +8,10 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from depthkit.config import ProtocolConfig
 from depthkit.data.windows import normalize
 from depthkit.evaluation.protocols import compare, protocol_id
 from depthkit.evaluation.report import UNIT_LABELS, encode, shrink
+from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.files import atomic_write
 from depthkit.runtime.meter import samples_seen
 from depthkit.types import Batch, Rejection

@@ -11,8 +11,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from depthkit.config import ProtocolConfig
 from depthkit.evaluation.protocols import protocol_id
+from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.files import atomic_write
 from depthkit.runtime.checkpoint import Checkpoints
 from depthkit.runtime.console import WORDS, describe_metrics

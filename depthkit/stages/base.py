@@ -9,8 +9,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from depthkit.config import DepthLoss, OptimConfig, ProtocolConfig, StageConfig
+from depthkit.config import DepthLoss, OptimConfig, StageConfig
 from depthkit.evaluation.protocols import protocol_id, score
+from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.losses import MapLoss, affine_invariant_loss, gradient_matching_loss, scale_shift_invariant_loss
 from depthkit.models import DepthModel
 from depthkit.optim import build_optimizer, linear_schedule, parameter_groups

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthkit.config import OptimConfig, ProtocolConfig, StudentConfig
+from depthkit.config import OptimConfig, StudentConfig
+from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.losses import cutmix_loss, feature_alignment_loss
 from depthkit.models import DepthModel, Encoder
 from depthkit.stages.base import DepthModule, supervised_loss

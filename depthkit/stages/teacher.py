@@ -1,6 +1,7 @@
 """Stage 1: a teacher on labeled mixes."""
 
-from depthkit.config import OptimConfig, ProtocolConfig, TeacherConfig
+from depthkit.config import OptimConfig, TeacherConfig
+from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.models import DepthModel
 from depthkit.stages.base import DepthModule, supervised_loss
 from depthkit.types import Batch, StepOutput
