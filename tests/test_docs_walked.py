@@ -18,7 +18,6 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WA
 STAGES = {"tiny_pretrain": "pretrain", "tiny_teacher": "teacher", "tiny_label": "label", "tiny_student": "student"}
 FEWER = {
     "00000400.ckpt": "00000004.ckpt",
-    "every_n_train_steps=100": "every_n_train_steps=2",
     "--step 37": "--step 3",
     "log_every_n_steps=50": "log_every_n_steps=2",
     "offline=false": "offline=true",
@@ -35,7 +34,7 @@ def shrunk(argv: list[str]) -> list[str]:
     if stage == "label":
         return [*words, "stage.num_workers=0", "trainer.enable_progress_bar=false"]
     if stage:
-        return [*words, *SHORT, *small_world(stage), "data.num_workers=0"]
+        return [*words, *SHORT, *small_world(stage), "data.num_workers=0", "callbacks.checkpoint.every_n_train_steps=2"]
     return words
 
 
