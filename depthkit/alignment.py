@@ -4,11 +4,20 @@ Shapes: B images, H/W pixels. Maps are (B, H, W), masks (B, H, W) bool with True
 Everything is float32, per image, and blind to what lies outside the mask, NaN and infinity included.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 SMALLEST_SPREAD = 1e-6
 """Spread below which a map counts as constant. Relative to the map's level, where float32 resolves about 1e-7."""
+
+SMALLEST_PREDICTION = 1e-6
+"""A predicted depth is raised to it before its logarithm is taken."""
+
+ROBUST_STEPS = 50
+"""Each shrinks the pull of outliers by about the ratio of their number to that of the others."""
 
 
 def zero_invalid(values: Tensor, valid_mask: Tensor) -> Tensor:
@@ -54,12 +63,19 @@ def fit_least_squares(prediction: Tensor, target: Tensor, valid_mask: Tensor) ->
     textbook determinant cancels. A constant prediction (also a single pixel) gives scale 0 and the mean of the target.
     The scale is negative where the prediction falls as the target rises. Differentiable.
     """
-    prediction_mean = masked_mean(prediction, valid_mask)
-    target_mean = masked_mean(target, valid_mask)
+    return _fit(prediction, target, valid_mask, lambda values: masked_mean(values, valid_mask))
+
+
+def _fit(
+    prediction: Tensor, target: Tensor, valid_mask: Tensor, mean: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`fit_least_squares` where `mean` says what each pixel weighs: (B, H, W) -> (B,)."""
+    prediction_mean = mean(prediction)
+    target_mean = mean(target)
     prediction_offset = zero_invalid(prediction.float() - prediction_mean[:, None, None], valid_mask)
     target_offset = zero_invalid(target.float() - target_mean[:, None, None], valid_mask)
-    variance = masked_mean(prediction_offset**2, valid_mask)
-    covariance = masked_mean(prediction_offset * target_offset, valid_mask)
+    variance = mean(prediction_offset**2)
+    covariance = mean(prediction_offset * target_offset)
     is_constant = variance <= (SMALLEST_SPREAD * prediction_mean) ** 2
     scale = torch.where(is_constant, 0.0, covariance / torch.where(is_constant, 1.0, variance))
     return scale, target_mean - scale * prediction_mean
@@ -71,15 +87,67 @@ def align_least_squares(prediction: Tensor, target: Tensor, valid_mask: Tensor) 
     return scale[:, None, None] * prediction.float() + shift[:, None, None]
 
 
+def align_log_least_squares(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+    """`exp(scale * ln(prediction) + shift)` with the least squares fit to `ln(target)`, both positive.
+
+    A prediction below `SMALLEST_PREDICTION` counts as that.
+    """
+    logarithm = prediction.float().clamp(min=SMALLEST_PREDICTION).log()
+    return align_least_squares(logarithm, torch.where(valid_mask, target.float(), 1.0).log(), valid_mask).exp()
+
+
+def fit_least_absolute(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`scale, shift`, each (B,), that minimise the sum of `|scale * prediction + shift - target|` over valid pixels.
+
+    Outliers of the target pull it less than least squares; what most pixels agree on exactly is found to the rounding
+    of float32. Iteratively reweighted least squares, `ROBUST_STEPS` steps from the least squares fit with weights
+    `1 / max(|residual|, 1e-6 * mean |target - mean target|)`: no random draw and no threshold, unlike RANSAC. A
+    constant prediction gives scale 0 and a median of the target.
+    """
+    scale, shift = fit_least_squares(prediction, target, valid_mask)
+    deviation = target.float() - masked_mean(target, valid_mask)[:, None, None]
+    spread = masked_mean(deviation.abs(), valid_mask)[:, None, None]
+    smallest = (SMALLEST_SPREAD * spread).clamp(min=torch.finfo(torch.float32).tiny)
+    for _ in range(ROBUST_STEPS):
+        residual = scale[:, None, None] * prediction.float() + shift[:, None, None] - target.float()
+        weights = zero_invalid(smallest / residual.abs().maximum(smallest), valid_mask)
+        scale, shift = _fit(prediction, target, valid_mask, partial(_weighted_mean, weights=weights))
+    return scale, shift
+
+
+def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    total = weights.sum((1, 2))
+    return (weights * zero_invalid(values, weights > 0)).sum((1, 2)) / torch.where(total > 0, total, 1.0)
+
+
+def align_least_absolute(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+    """`scale * prediction + shift` with `fit_least_absolute`; pixels outside the mask are mapped too."""
+    scale, shift = fit_least_absolute(prediction, target, valid_mask)
+    return scale[:, None, None] * prediction.float() + shift[:, None, None]
+
+
+def align_scale_least_squares(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+    """`scale * prediction`, `scale = sum(prediction * target) / sum(prediction^2)` over valid pixels (least squares).
+
+    A prediction that is 0 everywhere stays 0.
+    """
+    level = zero_invalid(prediction, valid_mask).abs().amax((1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = prediction.float() / level[:, None, None]  # its square neither overflows nor vanishes
+    squares = masked_mean(scaled**2, valid_mask)
+    products = masked_mean(scaled * target, valid_mask)
+    return (products / torch.where(squares > 0, squares, 1.0))[:, None, None] * scaled
+
+
 def fit_median_scale(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
     """`median(target) / median(prediction)` over valid pixels, (B,): the scale of a depth known up to scale alone.
 
-    Medians are lower medians. A prediction with median <= 0 cannot be scaled and gives 0.
-    Source: Zhou et al. 2017 (SfMLearner), section 4.1.
+    Of an even number of pixels the median is the mean of the middle two, as NumPy's. A prediction with median <= 0
+    cannot be scaled and gives 0. Source: Zhou et al. 2017 (SfMLearner), section 4.1.
     """
-    median = masked_median(prediction, valid_mask)
-    can_scale = median > 0
-    return torch.where(can_scale, masked_median(target, valid_mask) / torch.where(can_scale, median, 1.0), 0.0)
+    # The lower median of the negative is the upper one.
+    predicted, true = ((masked_median(x, valid_mask) - masked_median(-x, valid_mask)) / 2 for x in (prediction, target))
+    can_scale = predicted > 0
+    return torch.where(can_scale, true / torch.where(can_scale, predicted, 1.0), 0.0)
 
 
 def align_median_scale(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:

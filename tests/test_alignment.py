@@ -161,7 +161,7 @@ def test_median_scale(scene):
     prediction, target, valid_mask = scene
     scale = fit_median_scale(prediction, target, valid_mask)
     pairs = zip(valid_values(prediction, valid_mask), valid_values(target, valid_mask), strict=True)
-    expected = [reference_median(t) / reference_median(p) for p, t in pairs]
+    expected = [np.median(t) / np.median(p) for p, t in pairs]
     np.testing.assert_allclose(scale, expected, rtol=1e-6)
     torch.testing.assert_close(align_median_scale(prediction, 2.5 * prediction, valid_mask), 2.5 * prediction)
 

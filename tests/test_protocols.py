@@ -1,6 +1,6 @@
 """Protocols: against a numpy float64 reference, and what must not change a number."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -12,12 +12,31 @@ from torch import Tensor
 from depthkit.compose import register_schemas, to_config
 from depthkit.config import CONF_DIR
 from depthkit.evaluation.protocols import compare, protocol_id, score
-from depthkit.evaluation.settings import METRIC_NAMES, Alignment, DepthUnit, ProtocolConfig
+from depthkit.evaluation.settings import (
+    METRIC_NAMES,
+    STANDARD_METRICS,
+    Aggregation,
+    Alignment,
+    Clip,
+    DepthUnit,
+    Floor,
+    GroundTruth,
+    ProtocolConfig,
+    Resize,
+)
 from depthkit.metrics import METRICS
 
 DISPARITY = ProtocolConfig(name="disparity", max_depth=80, alignment=Alignment.disparity_least_squares)
 DEPTH = ProtocolConfig(name="depth", max_depth=80, alignment=Alignment.depth_least_squares)
 RELATIVE = replace(DISPARITY, name="relative", unit=DepthUnit.image_maximum, max_depth=1)
+PAIRS = ProtocolConfig(
+    name="pairs",
+    ground_truth=GroundTruth.pairs,
+    max_depth=None,
+    alignment=Alignment.none,
+    metrics=["pair_accuracy"],
+    aggregation=Aggregation.pixels,
+)
 SHIPPED = sorted(path.stem for path in (CONF_DIR / "protocol").glob("*.yaml"))
 
 
@@ -50,7 +69,8 @@ def shipped(name: str) -> ProtocolConfig:
 def test_a_scaled_and_shifted_disparity_is_perfect():
     depth, mask = scene()
     values = score(3.0 / depth + 0.5, depth, mask, DISPARITY)
-    assert list(values) == METRIC_NAMES == list(METRICS)
+    assert list(values) == STANDARD_METRICS
+    assert list(METRICS) == METRIC_NAMES
     assert values["abs_rel"].max() < 1e-4
     assert values["delta1"].tolist() == [1, 1]
 
@@ -146,15 +166,28 @@ def test_too_few_pixels_give_nan_and_leave_the_other_image_alone():
 
 
 def test_the_id_changes_with_every_setting_that_changes_a_number():
-    changed = [
-        replace(DISPARITY, max_depth=10),
-        replace(DISPARITY, min_depth=0.1),
-        replace(DISPARITY, crop=[0.0, 1.0, 0.0, 0.5]),
-        replace(DISPARITY, unit=DepthUnit.image_maximum),
-        replace(DISPARITY, alignment=Alignment.depth_least_squares),
+    changed = {
+        "window": [10, 10],
+        "min_depth": 0.1,
+        "max_depth": 10,
+        "crop": [0.0, 1.0, 0.0, 0.5],
+        "max_jump": 0.1,
+        "flip": True,
+        "resize": Resize.nearest,
+        "alignment": Alignment.depth_least_squares,
+        "floor": Floor.image_maximum,
+        "clip": Clip.none,
+        "aggregation": Aggregation.pixels,
+    }
+    others = [replace(DISPARITY, **{name: value}) for name, value in changed.items()]
+    others += [
+        replace(DISPARITY, unit=DepthUnit.image_maximum, max_depth=1.0),
+        replace(DISPARITY, max_depth=1.0),
+        PAIRS,
     ]
-    ids = {protocol_id(protocol) for protocol in [DISPARITY, *changed]}
-    assert len(ids) == 1 + len(changed)
+    assert len({protocol_id(protocol).split("@")[1] for protocol in [DISPARITY, *others]}) == 1 + len(others)
+    told = {field.name for field in fields(ProtocolConfig)} - {"name", "datasets", "metrics"}
+    assert changed.keys() | {"unit", "ground_truth"} == told
 
 
 def test_the_id_is_the_same_for_what_computes_the_same():

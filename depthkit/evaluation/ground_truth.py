@@ -1,6 +1,7 @@
 """Reading a data set for evaluation: whole images and their ground truth, both at their own size, and scoring one."""
 
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from depthkit.data.quarantine import SampleError
 from depthkit.data.remote import root_of
 from depthkit.data.shards import ShardReader, image_member
 from depthkit.evaluation.protocols import MIN_PIXELS, Comparison, compare, evaluated_pixels, score
-from depthkit.evaluation.settings import DepthUnit, ProtocolConfig
+from depthkit.evaluation.settings import DepthUnit, GroundTruth, ProtocolConfig
 from depthkit.geometry import reciprocal
 from depthkit.types import Prediction, Rejection
 
@@ -27,16 +28,24 @@ class Case(NamedTuple):
 
 
 class EvaluationSet:
-    """A labeled data set, read image by image. `name` is NAME/SPLIT of its manifest."""
+    """A labeled data set, read image by image, by any number of threads. `name` is NAME/SPLIT of its manifest."""
 
     def __init__(self, manifest: Path | str) -> None:
         self.manifest = load_manifest(manifest)
         self.reader = ShardReader(self.manifest, root_of(manifest))
         self.name = f"{self.manifest.name}/{self.manifest.split}"
+        self._one_at_a_time = Lock()  # the reader closes tars that others may be reading
 
     def refusal(self, protocol: ProtocolConfig) -> str | None:
         """Why this data set cannot be evaluated with `protocol`; None if it can."""
         target = self.manifest.target
+        if protocol.datasets is not None and self.manifest.name not in protocol.datasets:
+            return (
+                f"{protocol.name} is defined on {', '.join(protocol.datasets)}, and other ground truth gives other "
+                "numbers: take a protocol for it, or say protocol.datasets=null to use this one all the same"
+            )
+        if protocol.ground_truth is GroundTruth.pairs:
+            return None  # the samples' facts hold them, and say so where they do not
         if target is None:
             return "it has no ground truth"
         if not target.aligned:
@@ -53,13 +62,19 @@ class EvaluationSet:
         return None
 
     def keys(self, shard: int) -> list[str]:
-        return self.reader.keys(shard)
+        with self._one_at_a_time:
+            return self.reader.keys(shard)
+
+    def members(self, shard: int, index: int) -> dict[str, bytes]:
+        """The files of a sample by extension; SampleError when they cannot be read."""
+        with self._one_at_a_time:
+            return self.reader.read(shard, index).members
 
     def read(self, shard: int, index: int) -> Case:
         """The image and the ground truth; SampleError when either is broken or they do not show the same view."""
         target = self.manifest.target
         assert target is not None, "refusal() says so before"
-        members = self.reader.read(shard, index).members
+        members = self.members(shard, index)
         image = decode_image(image_member(members))
         depth, valid_mask = _depth(members, target)
         _check_aspect(image, depth)
@@ -69,11 +84,32 @@ class EvaluationSet:
         return Rejection(dataset=self.name, shard=self.manifest.shards[shard].path, key=key, reason=reason)
 
 
-def check_enough_pixels(case: Case, protocol: ProtocolConfig) -> None:
-    """SampleError unless `MIN_PIXELS` pixels lie inside the protocol's range and crop."""
+def cut(case: Case, protocol: ProtocolConfig) -> Case:
+    """The part of image and ground truth that the protocol's `window` keeps: rows at the bottom, columns in the middle.
+
+    An odd number of spare columns leaves the larger part on the right, as KITTI's benchmark crop (352 x 1216) has it.
+    SampleError where the two differ in size, as the window counts pixels, or are smaller than it.
+    """
+    if protocol.window is None:
+        return case
+    size, (height, width) = case.depth.shape, protocol.window
+    if case.image.shape[:2] != size or size[0] < height or size[1] < width:
+        rows, cols = case.image.shape[:2]
+        raise SampleError(
+            f"an image of {rows}x{cols} pixels and ground truth of {size[0]}x{size[1]} cannot both be cut to "
+            f"protocol.window={protocol.window}"
+        )
+    top, left = size[0] - height, (size[1] - width) // 2
+    window = slice(top, top + height), slice(left, left + width)
+    return Case(case.image[window], case.depth[window], case.valid_mask[window])
+
+
+def check_enough_pixels(case: Case, protocol: ProtocolConfig) -> int:
+    """The number of pixels inside the protocol's range and crop; SampleError if they are fewer than `MIN_PIXELS`."""
     num_pixels = int(evaluated_pixels(_tensor(case.depth), _tensor(case.valid_mask), protocol)[1].sum())
     if num_pixels < MIN_PIXELS:
         raise SampleError(f"only {num_pixels} pixels of ground truth inside the protocol's range, {MIN_PIXELS} needed")
+    return num_pixels
 
 
 def score_case(case: Case, prediction: Prediction, protocol: ProtocolConfig) -> dict[str, float]:

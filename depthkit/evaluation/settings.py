@@ -1,6 +1,6 @@
 """The settings of an evaluation: a protocol, and what `depthkit evaluate` is told."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from omegaconf import MISSING
@@ -14,6 +14,25 @@ METRIC_NAMES = [*STANDARD_METRICS]
 """The keys of `metrics.METRICS`, here so that a wrong name is found before torch is imported."""
 
 
+PAIR_METRICS = ["pair_accuracy", "whdr"]
+"""Metrics of annotated pairs of points, which need no map of ground truth."""
+
+
+POOLING_POWER = {
+    **dict.fromkeys(["abs_rel", "sq_rel", "log10", "delta_1_05", "delta_1_10", "delta1", "delta2", "delta3"], 1),
+    **dict.fromkeys(["scale_invariant_error", *PAIR_METRICS], 1),
+    **dict.fromkeys(["rmse", "rmse_log", "silog", "silog_half", "rmse_log_scale_invariant"], 2),
+}
+"""Metrics that are means over pixels, or (2) roots of such means: those that a number over all pixels exists for."""
+
+
+class GroundTruth(Enum):
+    """What a prediction is compared with: a depth map, or pairs of points of which one is closer (fact `pairs`)."""
+
+    depth = "depth"
+    pairs = "pairs"
+
+
 class DepthUnit(Enum):
     """What the depths of a protocol are measured in: metres, or the largest ground truth depth of the image."""
 
@@ -22,7 +41,11 @@ class DepthUnit(Enum):
 
 
 class Alignment(Enum):
-    """What is fitted to the ground truth, per image, and in which space (`evaluation/protocols.py`)."""
+    """What is fitted to the ground truth, per image, and in which space (`evaluation/protocols.py`).
+
+    Least squares and robust (least absolute deviations) fit scale and shift, in disparity, depth or the logarithm of
+    depth; the others fit a scale of depth alone, or nothing.
+    """
 
     disparity_least_squares = "disparity_least_squares"
     depth_least_squares = "depth_least_squares"
@@ -59,23 +82,32 @@ class Resize(Enum):
 
 
 class Aggregation(Enum):
-    """A number per image and their mean, or one number over the pixels of all images."""
+    """A number per image and their mean, or one number over the pixels (or pairs) of all images."""
 
     images = "images"
     pixels = "pixels"
 
 
+IN_DISPARITY = (Alignment.disparity_least_squares, Alignment.disparity_robust)
+"""Alignments in which models that predict disparity can take part."""
+
+
 @dataclass(kw_only=True)
 class ProtocolConfig:
-    """One way to turn a prediction and ground truth into numbers. The steps are applied in the order of the fields."""
+    """One way to turn a prediction and ground truth into numbers. The steps are applied in the order of the fields.
+
+    A field that would change nothing beside the others must keep its default: it would be the same protocol with
+    another id.
+    """
 
     name: str = MISSING
     datasets: list[str] | None = None  # manifests by name whose ground truth this is defined on; null: any
+    ground_truth: GroundTruth = GroundTruth.depth
     window: list[int] | None = None  # height, width in pixels: the bottom centre that image and truth are cut to first
     unit: DepthUnit = DepthUnit.metres
     min_depth: float = 1e-3  # ground truth outside (min_depth, max_depth] is not evaluated; in `unit`
-    max_depth: float = MISSING  # the cap
-    crop: list[float] | None = None  # evaluated box: top, bottom, left, right as shares of height and width
+    max_depth: float | None = MISSING  # the cap; null: none
+    crop: list[float] | None = None  # evaluated box: top, bottom, left, right as shares; in pixels if any exceeds 1
     max_jump: float | None = None  # pixels whose 3 x 3 neighbours span more than this share of their depth are left out
     flip: bool = False  # mean of the predictions for the image and its mirror image
     resize: Resize = Resize.bilinear
@@ -87,21 +119,70 @@ class ProtocolConfig:
 
     def __post_init__(self) -> None:
         # An integer would be the same protocol with another id.
-        self.min_depth, self.max_depth = float(self.min_depth), float(self.max_depth)
-        limits = f"0 < min_depth={self.min_depth} < max_depth"
-        check(0 < self.min_depth < self.max_depth, "protocol.max_depth", self.max_depth, limits)
-        check(set(self.metrics) <= set(METRIC_NAMES), "protocol.metrics", self.metrics, f"among {METRIC_NAMES}")
-        check(len(self.metrics) > 0, "protocol.metrics", self.metrics, "at least one")
+        self.min_depth = float(self.min_depth)
+        self.max_depth = None if self.max_depth is None else float(self.max_depth)
+        check(self.min_depth >= 0, "protocol.min_depth", self.min_depth, ">= 0")
+        limits = f"> min_depth={self.min_depth}, or null"
+        check(self.max_depth is None or self.max_depth > self.min_depth, "protocol.max_depth", self.max_depth, limits)
         check(self.max_jump is None or self.max_jump > 0, "protocol.max_jump", self.max_jump, "> 0, or null")
+        check(len(self.metrics) > 0, "protocol.metrics", self.metrics, "at least one")
+        known = PAIR_METRICS if self.ground_truth is GroundTruth.pairs else METRIC_NAMES
+        check(set(self.metrics) <= set(known), "protocol.metrics", self.metrics, f"among {known}")
         if self.window is not None:
             window_is_size = len(self.window) == 2 and min(self.window) > 0
             check(window_is_size, "protocol.window", self.window, "[height, width] in pixels")
         if self.crop is not None:
             self.crop = [float(share) for share in self.crop]
-            box = "[top, bottom, left, right], each pair 0 <= first < second <= 1"
+            box = "[top, bottom, left, right], each pair 0 <= first < second"
             check(len(self.crop) == 4, "protocol.crop", self.crop, box)
             top, bottom, left, right = self.crop
-            check(0 <= top < bottom <= 1 and 0 <= left < right <= 1, "protocol.crop", self.crop, box)
+            check(0 <= top < bottom and 0 <= left < right, "protocol.crop", self.crop, box)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Fields that exclude each other, or that would do nothing beside the others."""
+        fits_disparity, alignment = self.alignment in IN_DISPARITY, self.alignment.value
+        if self.ground_truth is GroundTruth.pairs:
+            usual = {each.name: each.default for each in fields(self)} | {
+                "max_depth": None,
+                "alignment": Alignment.none,
+            }
+            for name in usual.keys() - {"name", "datasets", "ground_truth", "flip", "metrics", "aggregation"}:
+                allowed = f"{usual[name]!r} with ground_truth=pairs, which have no map"
+                check(getattr(self, name) == usual[name], f"protocol.{name}", getattr(self, name), allowed)
+        if self.unit is DepthUnit.image_maximum:
+            cap_is_share = self.max_depth is not None and self.max_depth <= 1
+            check(cap_is_share, "protocol.max_depth", self.max_depth, "at most 1 with unit=image_maximum")
+            allowed = "one that fits a scale with unit=image_maximum"
+            check(self.alignment is not Alignment.none, "protocol.alignment", alignment, allowed)
+        allowed = f"cap with alignment={alignment}, which inverts no disparity"
+        check(fits_disparity or self.floor is Floor.cap, "protocol.floor", self.floor.value, allowed)
+        has_floor = self.max_depth is not None or self.floor is not Floor.cap
+        check(
+            not fits_disparity or has_floor, "protocol.floor", self.floor.value, "image_maximum or none without a cap"
+        )
+        is_same = self.clip is Clip.before_alignment and self.alignment is Alignment.none
+        check(not is_same, "protocol.clip", self.clip.value, "after_alignment or none with alignment=none")
+        if self.aggregation is Aggregation.pixels:
+            allowed = f"among {list(POOLING_POWER)} with aggregation=pixels"
+            check(set(self.metrics) <= POOLING_POWER.keys(), "protocol.metrics", self.metrics, allowed)
+
+
+def kind_refusal(protocol: ProtocolConfig, kind: str) -> str | None:
+    """Why models that predict `kind` (`types.Kind`) cannot be evaluated with `protocol`; None if they can."""
+    if kind == "depth" or protocol.ground_truth is GroundTruth.pairs:
+        return None
+    if protocol.alignment not in IN_DISPARITY:
+        return (
+            f"protocol {protocol.name} (alignment={protocol.alignment.value}) compares depth, and the model predicts "
+            f"{kind}, which cannot be inverted before its shift is known: use an affine_disparity protocol for it"
+        )
+    if protocol.clip is Clip.before_alignment:
+        return (
+            f"protocol {protocol.name} clips a prediction to depths before it is aligned, and the model predicts "
+            f"{kind}, which is none yet: use protocol.clip=after_alignment for it"
+        )
+    return None
 
 
 @dataclass(kw_only=True)
