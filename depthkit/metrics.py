@@ -1,79 +1,110 @@
-"""The metrics: one function each, `(prediction, target, valid_mask) -> (B,)`, one value per image; the caller averages.
+"""The metrics of depth maps, one function each; `METRICS` names them, `compute_metrics` computes several at once.
 
-Shapes: B images, H/W pixels. Maps are (B, H, W) depths, the prediction already aligned and clamped by the evaluator;
-masks are (B, H, W) bool, and the target is positive where valid. Computed in float32. Pixels outside the mask, NaN
-included, change nothing; an image without a valid pixel gives NaN. The logarithmic metrics are NaN or infinite for a
-prediction <= 0.
+A metric is `(Pixels) -> (B,)`, one value per image, which the caller averages; `METRICS[name].function` takes
+`(prediction, target, valid_mask)` instead. Shapes: B images, H/W pixels. Maps are (B, H, W) depths, the prediction
+already aligned and clamped by the evaluator; masks are (B, H, W) bool, and the target is positive where valid. Computed
+in float32. Pixels outside the mask, NaN included, change nothing; an image without a valid pixel gives NaN. The
+logarithmic metrics are NaN or infinite for a prediction <= 0.
+
+In the formulas p is the prediction, t the target, `e = ln p - ln t`, and `mean` is over the valid pixels. Edges and
+order have modules of their own, `metrics_edges` and `metrics_pairs`; so have annotated pairs and video, which are no
+pairs of maps (`metrics_pairs`, `metrics_video`).
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-MapMetric = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`(prediction, target, valid_mask) -> (B,)`."""
+from depthkit.metrics_edges import boundary_f1, boundary_recall, edge_abs_rel
+from depthkit.metrics_pairs import ordinal_accuracy
+from depthkit.metrics_pixels import Pixels, shared
 
 
-def abs_rel(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+def abs_rel(pixels: Pixels) -> Tensor:
     """`mean |p - t| / t`."""
-    prediction, target = _fill_invalid(prediction, target, valid_mask)
-    return _mean((prediction - target).abs() / target, valid_mask)
+    return pixels.mean(_relative_error(pixels))
 
 
-def sq_rel(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+def sq_rel(pixels: Pixels) -> Tensor:
     """`mean (p - t)^2 / t`, in metres."""
-    prediction, target = _fill_invalid(prediction, target, valid_mask)
-    return _mean((prediction - target) ** 2 / target, valid_mask)
+    return pixels.mean(_absolute_error(pixels) * _relative_error(pixels))
 
 
-def rmse(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+def rmse(pixels: Pixels) -> Tensor:
     """`sqrt(mean (p - t)^2)`, in metres."""
-    prediction, target = _fill_invalid(prediction, target, valid_mask)
-    return _mean((prediction - target) ** 2, valid_mask).sqrt()
+    return pixels.mean(_absolute_error(pixels) ** 2).sqrt()
 
 
-def rmse_log(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
-    """`sqrt(mean (ln p - ln t)^2)`."""
-    return _mean(_log_difference(prediction, target, valid_mask) ** 2, valid_mask).sqrt()
+def rmse_log(pixels: Pixels) -> Tensor:
+    """`sqrt(mean e^2)`."""
+    return pixels.mean(_log_error(pixels) ** 2).sqrt()
 
 
-def log10(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+def log10(pixels: Pixels) -> Tensor:
     """`mean |log10 p - log10 t|`."""
-    prediction, target = _fill_invalid(prediction, target, valid_mask)
-    return _mean((prediction.log10() - target.log10()).abs(), valid_mask)
+    return pixels.mean(_log_error(pixels).abs()) / math.log(10)
 
 
-def silog(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
-    """`100 * sqrt(mean e^2 - (mean e)^2)`, e = ln p - ln t: 100 times the standard deviation of the log error.
-
-    Unchanged by `a * prediction`, a > 0. This is the number of AdaBins and ZoeDepth; the metric of the same name in
-    Depth Anything V2's metric code, `sqrt(mean e^2 - 0.5 * (mean e)^2)`, is another one.
+def scale_invariant_error(pixels: Pixels) -> Tensor:
+    """`mean e^2 - (mean e)^2`, the variance of the log error: `D(y, y*)` of Eigen et al. 2014, equation 1 (without the
+    1/2 of its other forms).
     """
-    difference = _log_difference(prediction, target, valid_mask)
-    centred = difference - _mean(difference, valid_mask)[:, None, None]
-    return 100 * _mean(centred**2, valid_mask).sqrt()
+    return _log_moments(pixels)[1]
 
 
-def delta1(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
-    """Share of valid pixels with `max(p / t, t / p) < 1.25`; a pixel predicted <= 0 or NaN is not among them."""
-    return _share_within(1.25, prediction, target, valid_mask)
+def rmse_log_scale_invariant(pixels: Pixels) -> Tensor:
+    """`sqrt(mean e^2 - (mean e)^2)`: the column "RMSE (log, scale inv.)" of Eigen et al. 2014."""
+    return scale_invariant_error(pixels).sqrt()
 
 
-def delta2(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+def silog(pixels: Pixels) -> Tensor:
+    """`100 * sqrt(mean e^2 - (mean e)^2)`: 100 times the standard deviation of the log error (AdaBins, ZoeDepth, the
+    KITTI benchmark). Unchanged by `a * prediction`, a > 0.
+    """
+    return 100 * rmse_log_scale_invariant(pixels)
+
+
+def silog_half(pixels: Pixels) -> Tensor:
+    """`sqrt(mean e^2 - 0.5 * (mean e)^2)`: what Depth Anything V2's metric code calls silog. A wrong scale shows."""
+    mean, variance = _log_moments(pixels)
+    return (variance + mean**2 / 2).sqrt()
+
+
+def delta_1_05(pixels: Pixels) -> Tensor:
+    """Share of valid pixels with `max(p / t, t / p) < 1.05`; a pixel predicted <= 0 or NaN is not among them."""
+    return pixels.share_below(_worse_quotient(pixels), 1.05)
+
+
+def delta_1_10(pixels: Pixels) -> Tensor:
+    """Share of valid pixels with `max(p / t, t / p) < 1.10`."""
+    return pixels.share_below(_worse_quotient(pixels), 1.10)
+
+
+def delta1(pixels: Pixels) -> Tensor:
+    """Share of valid pixels with `max(p / t, t / p) < 1.25`."""
+    return pixels.share_below(_worse_quotient(pixels), 1.25)
+
+
+def delta2(pixels: Pixels) -> Tensor:
     """Share of valid pixels with `max(p / t, t / p) < 1.25^2`."""
-    return _share_within(1.25**2, prediction, target, valid_mask)
+    return pixels.share_below(_worse_quotient(pixels), 1.25**2)
 
 
-def delta3(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+def delta3(pixels: Pixels) -> Tensor:
     """Share of valid pixels with `max(p / t, t / p) < 1.25^3`."""
-    return _share_within(1.25**3, prediction, target, valid_mask)
+    return pixels.share_below(_worse_quotient(pixels), 1.25**3)
 
 
 class Metric(NamedTuple):
-    function: MapMetric
+    of_pixels: Callable[[Pixels], Tensor]
     is_lower_better: bool
+
+    def function(self, prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+        """(B,)."""
+        return self.of_pixels(Pixels(prediction, target, valid_mask))
 
 
 METRICS: dict[str, Metric] = {
@@ -86,37 +117,66 @@ METRICS: dict[str, Metric] = {
     "delta1": Metric(delta1, is_lower_better=False),
     "delta2": Metric(delta2, is_lower_better=False),
     "delta3": Metric(delta3, is_lower_better=False),
+    "delta_1_05": Metric(delta_1_05, is_lower_better=False),
+    "delta_1_10": Metric(delta_1_10, is_lower_better=False),
+    "silog_half": Metric(silog_half, is_lower_better=True),
+    "rmse_log_scale_invariant": Metric(rmse_log_scale_invariant, is_lower_better=True),
+    "scale_invariant_error": Metric(scale_invariant_error, is_lower_better=True),
+    "boundary_f1": Metric(boundary_f1, is_lower_better=False),
+    "boundary_recall": Metric(boundary_recall, is_lower_better=False),
+    "edge_abs_rel": Metric(edge_abs_rel, is_lower_better=True),
+    "ordinal_accuracy": Metric(ordinal_accuracy, is_lower_better=False),
 }
+
+IS_LOWER_BETTER = {name: metric.is_lower_better for name, metric in METRICS.items()} | {
+    "pair_accuracy": False,
+    "whdr": True,
+}
+"""Also for the metrics of annotated pairs."""
 
 
 def compute_metrics(
     prediction: Tensor, target: Tensor, valid_mask: Tensor, names: Iterable[str] = tuple(METRICS)
 ) -> dict[str, Tensor]:
-    """Each named metric, (B,) with one value per image. An unknown name is a ValueError."""
+    """Each named metric, (B,) with one value per image. An unknown name is a ValueError.
+
+    What several need (valid pixels, quotients, logarithms, boundaries) is computed once.
+    """
     names = tuple(names)
     if unknown := [name for name in names if name not in METRICS]:
         raise ValueError(f"unknown metrics {unknown}; choose from {list(METRICS)}")
-    return {name: METRICS[name].function(prediction, target, valid_mask) for name in names}
+    pixels = Pixels(prediction, target, valid_mask)
+    return {name: METRICS[name].of_pixels(pixels) for name in names}
 
 
-def _fill_invalid(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float32 with 1 outside the mask, where quotients and logarithms are then finite."""
-    return torch.where(valid_mask, prediction.float(), 1.0), torch.where(valid_mask, target.float(), 1.0)
+@shared
+def _absolute_error(pixels: Pixels) -> Tensor:
+    return (pixels.prediction - pixels.target).abs()
 
 
-def _mean(values: Tensor, valid_mask: Tensor) -> Tensor:
-    """Mean over the valid pixels of each image; 0 / 0 = NaN for an empty mask."""
-    assert values.shape == valid_mask.shape, f"{tuple(values.shape)} values, {tuple(valid_mask.shape)} mask"
-    return torch.where(valid_mask, values, 0.0).sum((1, 2)) / valid_mask.sum((1, 2))
+@shared
+def _relative_error(pixels: Pixels) -> Tensor:
+    return _absolute_error(pixels) / pixels.target
 
 
-def _log_difference(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
-    prediction, target = _fill_invalid(prediction, target, valid_mask)
-    return prediction.log() - target.log()
+@shared
+def _quotient(pixels: Pixels) -> Tensor:
+    return pixels.prediction / pixels.target
 
 
-def _share_within(factor: float, prediction: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
-    # Products, not quotients: two negative quotients would pass a test on their maximum.
-    prediction, target = _fill_invalid(prediction, target, valid_mask)
-    is_within = (prediction < factor * target) & (target < factor * prediction)
-    return _mean(is_within.float(), valid_mask)
+@shared
+def _log_error(pixels: Pixels) -> Tensor:
+    return _quotient(pixels).log()
+
+
+@shared
+def _log_moments(pixels: Pixels) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the log error, each (B,)."""
+    mean = pixels.mean(_log_error(pixels))
+    return mean, pixels.mean((_log_error(pixels) - mean[:, None]) ** 2)
+
+
+@shared
+def _worse_quotient(pixels: Pixels) -> Tensor:
+    """`max(p / t, t / p)`, (B, N); infinite for p <= 0, where both quotients are negative and would pass as small."""
+    return torch.maximum(_quotient(pixels), pixels.target / pixels.prediction.clamp(min=0))

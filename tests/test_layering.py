@@ -12,7 +12,8 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-MATHEMATICS = {f"depthkit.{name}" for name in ("types", "geometry", "alignment", "losses", "metrics")}
+METRICS = ("metrics", "metrics_edges", "metrics_pairs", "metrics_pixels", "metrics_video")
+MATHEMATICS = {f"depthkit.{name}" for name in ("types", "geometry", "alignment", "losses", *METRICS)}
 
 
 def nodes(node: ast.AST, *, into_functions: bool) -> Iterator[ast.AST]:

@@ -10,7 +10,18 @@ from depthkit.errors import check
 STANDARD_METRICS = ["abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "delta1", "delta2", "delta3"]
 """Those that most papers print."""
 
-METRIC_NAMES = [*STANDARD_METRICS]
+METRIC_NAMES = [
+    *STANDARD_METRICS,
+    "delta_1_05",
+    "delta_1_10",
+    "silog_half",
+    "rmse_log_scale_invariant",
+    "scale_invariant_error",
+    "boundary_f1",
+    "boundary_recall",
+    "edge_abs_rel",
+    "ordinal_accuracy",
+]
 """The keys of `metrics.METRICS`, here so that a wrong name is found before torch is imported."""
 
 
