@@ -9,7 +9,6 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 DINOV2_OFFSET = 0.1
@@ -198,21 +197,25 @@ def interpolate_position_embedding(embedding: Tensor, grid: tuple[int, int], num
     prefix, patches = embedding[:, :num_prefix], embedding[:, num_prefix:]
     columns = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     rows, cols = (bicubic_weights(length, side, offset, embedding.device) for length in grid)
-    resampled = rows @ F.pad(columns, (2, 2, 2, 2), mode="replicate") @ cols.T
+    resampled = rows @ columns @ cols.T
     return torch.cat([prefix, resampled.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
 
 
 def bicubic_weights(length: int, native: int, offset: Tensor | float, device: torch.device) -> Tensor:
-    """(length, native + 4): what each of `length` samples takes of `native` values with two replicated at either end.
+    """(length, native): what each of `length` samples takes of `native` values, those at the ends going on beyond them.
 
     Sample i lies at (i + 0.5) * native / (length + offset) - 0.5; cubic convolution with a = -0.75, as PyTorch's
     bicubic `interpolate` with that scale factor, but as a matrix: it can be exported for any `length`.
     """
     centres = (torch.arange(length, device=device) + 0.5) * (native / (length + offset)) - 0.5
-    distance = (centres[:, None] - torch.arange(-2, native + 2, device=device)).abs()
+    places = torch.arange(-2, native + 2, device=device)
+    distance = (centres[:, None] - places).abs()
     near = (1.25 * distance - 2.25) * distance.square() + 1
     far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
-    return torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
+    weights = torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
+    # Not a replicating pad of the values: its backward pass fails under torch.compile (2.15, layout of the gradient).
+    is_source = places.clamp(0, native - 1)[:, None] == torch.arange(native, device=device)
+    return weights @ is_source.to(weights.dtype)
 
 
 class ConvStem(nn.Module):
