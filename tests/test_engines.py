@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_train import bundle_weights
 
 from depthkit.bundle import BundleFacts, load_model, save_bundle
 from depthkit.checks import check_model, validate
@@ -23,7 +25,7 @@ from depthkit.config import (
 )
 from depthkit.engine import prepare_model
 from depthkit.stages.teacher import TeacherModule
-from depthkit.train import build_pretrain, build_teacher
+from depthkit.train import build_pretrain, build_teacher, run
 from depthkit.trainer_checks import check_trainer
 
 GROUPS = sorted(path.stem for path in (CONF_DIR / "trainer").glob("*.yaml"))
@@ -229,7 +231,7 @@ def test_channels_last_changes_the_format_of_the_decoder_alone(teacher, tiny_con
 
 @pytest.mark.slow
 def test_compiled_model_has_the_same_names_outputs_and_gradients(teacher, tiny_config, tmp_path, monkeypatch):
-    # The same graphs as for Inductor, without the minutes that its C++ takes.
+    # The same graphs as for Inductor, without the minute that its C++ takes.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     image = torch.randn(2, 3, 32, 40)
     changed = prepared(teacher, tiny_config, tmp_path, "compile")
@@ -244,3 +246,14 @@ def test_compiled_model_has_the_same_names_outputs_and_gradients(teacher, tiny_c
     )
     folder = save_bundle(tmp_path / "bundle", changed.model, facts)
     assert load_model(folder)[0].state_dict().keys() == teacher.model.state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++ on a CPU, and there is no g++")
+def test_compiled_run_ends_with_the_bundle_of_the_plain_one(tiny_config, tmp_path):
+    for name, compiles in (("plain", False), ("compiled", True)):
+        run(tiny_config("teacher", tmp_path / name, f"trainer.compile={compiles}"))
+    plain, compiled = (bundle_weights(tmp_path / name) for name in ("plain", "compiled"))
+    assert compiled.keys() == plain.keys()
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-3, atol=1e-4)
