@@ -99,17 +99,19 @@ def align_log_least_squares(prediction: Tensor, target: Tensor, valid_mask: Tens
 def fit_least_absolute(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> tuple[Tensor, Tensor]:
     """`scale, shift`, each (B,), that minimise the sum of `|scale * prediction + shift - target|` over valid pixels.
 
-    Outliers of the target pull it less than least squares; what most pixels agree on exactly is found to the rounding
-    of float32. Iteratively reweighted least squares, `ROBUST_STEPS` steps from the least squares fit with weights
+    Outliers of the target pull it less than least squares, and what most pixels agree on is found. Iteratively
+    reweighted least squares, `ROBUST_STEPS` steps from the least squares fit with weights
     `1 / max(|residual|, 1e-6 * mean |target - mean target|)`: no random draw and no threshold, unlike RANSAC. A
     constant prediction gives scale 0 and a median of the target.
     """
+    assert prediction.shape == target.shape, f"{tuple(prediction.shape)} prediction, {tuple(target.shape)} target"
+    prediction, target = zero_invalid(prediction, valid_mask), zero_invalid(target, valid_mask)
     scale, shift = fit_least_squares(prediction, target, valid_mask)
-    deviation = target.float() - masked_mean(target, valid_mask)[:, None, None]
+    deviation = target - masked_mean(target, valid_mask)[:, None, None]
     spread = masked_mean(deviation.abs(), valid_mask)[:, None, None]
     smallest = (SMALLEST_SPREAD * spread).clamp(min=torch.finfo(torch.float32).tiny)
     for _ in range(ROBUST_STEPS):
-        residual = scale[:, None, None] * prediction.float() + shift[:, None, None] - target.float()
+        residual = scale[:, None, None] * prediction + shift[:, None, None] - target
         weights = zero_invalid(smallest / residual.abs().maximum(smallest), valid_mask)
         scale, shift = _fit(prediction, target, valid_mask, partial(_weighted_mean, weights=weights))
     return scale, shift

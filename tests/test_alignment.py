@@ -5,13 +5,18 @@ import pytest
 import torch
 
 from depthkit.alignment import (
+    align_least_absolute,
     align_least_squares,
+    align_log_least_squares,
     align_median_scale,
+    align_scale_least_squares,
+    fit_least_absolute,
     fit_least_squares,
     fit_median_scale,
     masked_mean,
     masked_median,
     normalize_median_mad,
+    zero_invalid,
 )
 
 HEIGHT, WIDTH = 11, 13
@@ -22,6 +27,9 @@ STATISTICS = {
     "scale": lambda prediction, target, valid_mask: fit_least_squares(prediction, target, valid_mask)[0],
     "shift": lambda prediction, target, valid_mask: fit_least_squares(prediction, target, valid_mask)[1],
     "median_scale": fit_median_scale,
+    "robust": lambda prediction, target, valid_mask: zero_invalid(
+        align_least_absolute(zero_invalid(prediction, valid_mask), target, valid_mask), valid_mask
+    ),
 }
 
 
@@ -170,6 +178,60 @@ def test_median_scale_of_a_prediction_without_positive_median_is_zero():
     target = torch.ones(1, 2, 3)
     assert fit_median_scale(torch.zeros(1, 2, 3), target, target > 0).tolist() == [0]
     assert fit_median_scale(-target, target, target > 0).tolist() == [0]
+
+
+def test_robust_fit_is_the_best_line_through_two_of_the_pixels(scene):
+    """The sum of absolute residuals has its minimum at a line through two points: here the best of all of them."""
+    prediction, target, valid_mask = scene
+    target = target + (torch.rand(target.shape, generator=torch.Generator().manual_seed(2)) < 0.2) * 50
+    scale, shift = fit_least_absolute(prediction, target, valid_mask)
+    pairs = zip(valid_values(prediction, valid_mask), valid_values(target, valid_mask), strict=True)
+    for i, (p, t) in enumerate(pairs):
+        first, second = np.triu_indices(len(p), 1)
+        slopes = (t[second] - t[first]) / (p[second] - p[first])
+        lines = slopes[:, None] * (p - p[first][:, None]) + t[first][:, None]
+        best = np.abs(lines - t).sum(1).min()
+        assert np.abs(scale[i].item() * p + shift[i].item() - t).sum() == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_robust_fit_finds_what_most_pixels_agree_on(share):
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.rand(1, HEIGHT, WIDTH, generator=generator)
+    is_outlier = torch.rand(1, HEIGHT, WIDTH, generator=generator) < share
+    target = 2 * prediction + 1 + is_outlier * 5 * torch.rand(1, HEIGHT, WIDTH, generator=generator)
+    everywhere = torch.ones_like(is_outlier)
+    aligned = align_least_absolute(prediction, target, everywhere)
+    torch.testing.assert_close(aligned, 2 * prediction + 1, rtol=1e-3, atol=1e-3)
+    assert (align_least_squares(prediction, target, everywhere) - aligned).abs().max() > 0.1
+
+
+def test_robust_fit_of_a_constant_is_the_median_of_the_target():
+    target = torch.tensor([[[1.0, 2.0, 3.0, 50.0, 60.0]]])
+    scale, shift = fit_least_absolute(torch.ones_like(target), target, target > 0)
+    assert scale.item() == 0
+    assert shift.item() == pytest.approx(3, rel=1e-3)
+
+
+def test_log_fit_equals_lstsq(scene):
+    prediction, target, valid_mask = scene
+    aligned = align_log_least_squares(prediction, target, valid_mask)
+    pairs = zip(valid_values(prediction, valid_mask), valid_values(target, valid_mask), strict=True)
+    for i, (p, t) in enumerate(pairs):
+        columns = np.stack([np.log(p), np.ones_like(p)], axis=1)
+        expected = np.exp(columns @ np.linalg.lstsq(columns, np.log(t), rcond=None)[0])
+        np.testing.assert_allclose(aligned[i][valid_mask[i]], expected, rtol=1e-4)
+    assert align_log_least_squares(-prediction, target, valid_mask).isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1.0, 1e25])
+def test_scale_fit_equals_lstsq_at_any_magnitude(scene, factor):
+    prediction, target, valid_mask = scene
+    aligned = align_scale_least_squares(factor * prediction, target, valid_mask)
+    pairs = zip(valid_values(prediction, valid_mask), valid_values(target, valid_mask), strict=True)
+    for i, (p, t) in enumerate(pairs):
+        np.testing.assert_allclose(aligned[i][valid_mask[i]], (p @ t) / (p @ p) * p, rtol=1e-5)
+    assert (align_scale_least_squares(torch.zeros_like(prediction), target, valid_mask) == 0).all()
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 1e30])
