@@ -17,9 +17,10 @@ from depthkit.compose import register_schemas, to_config
 from depthkit.config import CONF_DIR, DemoConfig, TrainConfig
 from depthkit.data.datamodule import render_missing
 from depthkit.evaluation.evaluate import evaluate
+from depthkit.evaluation.outputs import save, summary_table
 from depthkit.evaluation.protocols import protocol_id
 from depthkit.evaluation.report import write_report
-from depthkit.evaluation.results import Evaluation, save, summary_table
+from depthkit.evaluation.results import Evaluation
 from depthkit.files import atomic_write
 from depthkit.hydra_entry import hydra_main
 from depthkit.inference.loading import load

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import cv2
@@ -16,9 +15,9 @@ import pytest
 from depthkit.data.manifest import Manifest, Shard, TargetSpec, save_manifest
 from depthkit.data.writer import ShardWriter
 from depthkit.evaluation.evaluate import as_lists, evaluate, short_names
+from depthkit.evaluation.outputs import results, save
 from depthkit.evaluation.protocols import protocol_id
-from depthkit.evaluation.report import choose_images, shrink, write_report
-from depthkit.evaluation.results import Evaluation, results, save
+from depthkit.evaluation.results import Evaluation
 from depthkit.evaluation.settings import Alignment, DepthUnit, ProtocolConfig
 from depthkit.types import Kind, Prediction
 
@@ -35,15 +34,16 @@ class Stub:
     function: Callable[[np.ndarray], np.ndarray]
     kind: Kind = "disparity"
     unit: str = "relative"
-    sha256: str = "ab" * 32
+    sha256: str = ""
+    name: str = "stub"
 
-    def predict(self, image: np.ndarray) -> Prediction:
+    def predict(self, image: np.ndarray, *, flip: bool = False) -> Prediction:
         depth = image[..., 0].astype(np.float32) / 10
         return Prediction(values=self.function(depth).astype(np.float32), kind=self.kind, unit=self.unit)
 
 
-PERFECT = Stub(lambda depth: 2 / depth + 1)
-CRUDE = Stub(lambda depth: np.linspace(0, 1, depth.size).reshape(depth.shape))
+PERFECT = Stub(lambda depth: 2 / depth + 1, sha256="ab" * 32)
+CRUDE = Stub(lambda depth: np.linspace(0, 1, depth.size).reshape(depth.shape), sha256="cd" * 32)
 
 
 def npy(values: np.ndarray) -> bytes:
@@ -204,59 +204,6 @@ def test_two_data_sets_of_one_name_are_refused(tmp_path: Path):
         evaluate({"perfect": PERFECT}, manifests, PROTOCOL)
 
 
-class Sources(HTMLParser):
-    """Collects what a page would load, and its text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loaded: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.loaded += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def test_the_report_stands_alone_and_names_its_protocol(evaluation: Evaluation, tmp_path: Path):
-    renamed = replace(evaluation, predictors={"<crude>": CRUDE} | dict(evaluation.predictors), images=[
-        replace(image, scores=image.scores | {"<crude>": image.scores["crude"]}) for image in evaluation.images
-    ])  # fmt: skip
-    write_report(renamed, tmp_path, num_pictures=4)
-    html = (tmp_path / "report.html").read_text()
-    page = Sources()
-    page.feed(html)
-    assert protocol_id(PROTOCOL) in page.text
-    assert "<crude>" in page.text, "names are escaped"
-    assert len(page.loaded) == 4 * (2 + 2 * 3)
-    assert all(source.startswith("data:image/") for source in page.loaded)
-    assert "url(" not in html
-    assert "@import" not in html
-    assert f"{evaluation.means('crude')['abs_rel']:.4f}" in page.text
-    assert cv2.imread(str(tmp_path / "grid.png")).shape[1] > 500
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["grid.png", "report.html"]
-
-
-def test_pictures_hold_the_extremes_and_do_not_repeat(evaluation: Evaluation):
-    chosen = choose_images(evaluation, 8)
-    errors = {image.key + image.dataset.name: image.scores["crude"]["abs_rel"] for image in evaluation.images}
-    all_chosen = [image.key + image.dataset.name for images in chosen.values() for image in images]
-    assert len(all_chosen) == len(set(all_chosen)) == 8
-    assert errors[chosen["worst"][0].key + chosen["worst"][0].dataset.name] == max(errors.values())
-    assert choose_images(evaluation, 8) == chosen
-    assert sum(map(len, choose_images(evaluation, 100).values())) == 8
-
-
-def test_shrinking_keeps_sparse_measurements():
-    values, valid = np.zeros((100, 1120), np.float32), np.zeros((100, 1120), bool)
-    values[::2, ::2], valid[::2, ::2] = 7.0, True
-    small, small_valid = shrink(values, valid)
-    assert small.shape == (50, 560)
-    assert small_valid.all()
-    np.testing.assert_allclose(small, 7.0)
-
-
 def test_models_get_short_names_that_differ():
     assert short_names(["runs/demo/student/bundle"]) == ["student"]
     assert short_names(["runs/teacher/bundle", "runs/student/bundle/"]) == ["teacher", "student"]
@@ -279,9 +226,10 @@ def test_verb_runs_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     from depthkit.evaluation import evaluate as module
+    from depthkit.evaluation import models
 
     manifest = write_dataset(tmp_path / "data", [sample(0), sample(1)])
-    monkeypatch.setattr(module, "load", lambda path, device: {"a": PERFECT, "b": CRUDE}[Path(path).name])
+    monkeypatch.setattr(models, "load", lambda path, device: {"a": PERFECT, "b": CRUDE}[Path(path).name])
     out = tmp_path / "out"
     overrides = [f"model={tmp_path}/a,{tmp_path}/b", f"dataset={manifest}", "num_pictures=1", f"out={out}"]
     assert module.main(overrides) == 0

@@ -1,64 +1,75 @@
 """`depthkit evaluate model=A,B dataset=MANIFEST,... protocol=NAME out=DIR`: score models on the same images.
 
-Writes `results.json` (means and what made them), `per_image.csv`, `report.html` and `grid.png` to `out`. Every metric
-is a value per image; means are over images. An image that cannot be used is listed with its reason and skipped for all
-models.
+A model is whatever `depthkit.load` takes, or a folder of predictions that another program wrote (`models.py`). Writes
+`results.json` (means, intervals, differences, and what made them), `results.tex`, `per_image.csv`, `report.html` and
+`grid.png` to `out`. An image that cannot be used is listed with its reason and skipped for all models. Started by
+torchrun or srun, or with `devices=N`, processes share the images; the numbers are the same for any number of them.
 """
 
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from depthkit.data.quarantine import SampleError
-from depthkit.evaluation.ground_truth import Case, EvaluationSet, check_enough_pixels, score_case
+from depthkit.data.workers import worker_pool
+from depthkit.evaluation.ground_truth import EvaluationSet
+from depthkit.evaluation.leakage import find_leakage
+from depthkit.evaluation.models import Model, StoredPredictions, load_models, provenance_of
+from depthkit.evaluation.outputs import difference_table, save, summary_table
+from depthkit.evaluation.processes import Process, joined, this_process
 from depthkit.evaluation.report import write_report
-from depthkit.evaluation.results import Evaluation, ScoredImage, Scores, save, summary_table
+from depthkit.evaluation.results import Evaluation, ScoredImage
+from depthkit.evaluation.scoring import Outcome, Scoring
 from depthkit.evaluation.settings import EvaluateConfig, ProtocolConfig
 from depthkit.hydra_entry import hydra_main
-from depthkit.inference.loading import load
-from depthkit.inference.predictor import Predictor
-from depthkit.types import Rejection
+from depthkit.types import Kind, Rejection
+
+LISTS = {"model": "models", "dataset": "datasets", "training": "training"}
+"""What the command line calls a list of paths -> its setting."""
+
+OTHER_KIND: dict[Kind, Kind] = {"disparity": "depth", "depth": "disparity"}
+MADE_BY_CHANCE = ("seed", "run_name", "metrics", "validation")
+"""What the provenances of two runs of one recipe may differ in."""
 
 
 def evaluate(
-    predictors: Mapping[str, Predictor], manifests: Sequence[Path | str], protocol: ProtocolConfig
+    predictors: Mapping[str, Model], manifests: Sequence[Path | str], protocol: ProtocolConfig, *, num_workers: int = 4
 ) -> Evaluation:
     """Score every model on every usable image of the data sets.
 
-    ValueError when nothing can be scored, when the protocol is not defined for a model's kind, and when a prediction is
-    not finite: skipping that image would reward the model that failed on it.
+    ValueError when nothing can be scored, when the protocol is not defined for a model's kind, when predictions are
+    missing on disk, and when one is not finite: skipping that image would reward the model that failed on it.
     """
     start = time.monotonic()
-    datasets, skipped = usable_datasets(manifests, protocol)
-    images: list[ScoredImage] = []
-    for dataset, shard, index, key in _images(datasets, skipped):
-        try:
-            case = dataset.read(shard, index)
-            check_enough_pixels(case, protocol)
-        except SampleError as error:
-            skipped.append(dataset.rejection(shard, key, str(error)))
-            continue
-        scores = {name: _score(name, predictor, case, key, protocol) for name, predictor in predictors.items()}
-        images.append(ScoredImage(dataset=dataset, shard=shard, index=index, key=key, scores=scores))
-    if not images:
-        raise ValueError("no image could be evaluated:\n" + describe_skipped(skipped))
-    seconds = time.monotonic() - start
-    return Evaluation(protocol=protocol, predictors=predictors, images=images, skipped=skipped, seconds=seconds)
+    scoring, refused = prepare(predictors, manifests, protocol)
+    return collect(scoring, score_share(scoring, Process(), num_workers), refused, seconds=time.monotonic() - start)
 
 
-def _score(model: str, predictor: Predictor, case: Case, key: str, protocol: ProtocolConfig) -> Scores:
-    prediction = predictor.predict(case.image)
-    if not np.isfinite(prediction.values).all():
-        raise ValueError(f"model {model}: its prediction for {key} is not finite; it cannot be evaluated")
-    try:
-        return score_case(case, prediction, protocol)
-    except ValueError as error:
-        raise ValueError(f"model {model}: {error}") from error
+def prepare(
+    models: Mapping[str, Model], manifests: Sequence[Path | str], protocol: ProtocolConfig
+) -> tuple[Scoring, list[Rejection]]:
+    """What is to be scored, and the data sets that the protocol cannot use; ValueError for what cannot go together."""
+    names: dict[str, str] = {}
+    for name, model in models.items():
+        if model.sha256 and model.sha256 in names:
+            raise ValueError(f"{names[model.sha256]} and {name} are one model (sha256 {model.sha256}): leave one out")
+        names[model.sha256] = name
+    datasets, refused = usable_datasets(manifests, protocol)
+    for name, model in models.items():
+        if isinstance(model, StoredPredictions):
+            try:
+                model.check(datasets, protocol)
+            except ValueError as error:
+                raise ValueError(f"model {name}: {error}") from error
+    scoring = Scoring(models=models, datasets=datasets, protocol=protocol)
+    scoring.check_complete()
+    return scoring, refused
 
 
 def usable_datasets(
@@ -84,25 +95,92 @@ def describe_skipped(skipped: Iterable[Rejection]) -> str:
     return "\n".join(f"  {' '.join(filter(None, (r.dataset, r.shard, r.key)))}: {r.reason}" for r in skipped)
 
 
-def _images(
-    datasets: Sequence[EvaluationSet], skipped: list[Rejection]
-) -> Iterator[tuple[EvaluationSet, int, int, str]]:
-    """Every image as (data set, shard, index, key), with a progress bar; those of a broken shard go to `skipped`."""
+def score_share(scoring: Scoring, process: Process, num_workers: int) -> list[Outcome]:
+    """What came of the images of one process; the first one shows how far it is."""
+    places = islice(scoring.places(), process.rank, None, process.world_size)
+    num_images = len(range(process.rank, scoring.num_images, process.world_size))
     columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=sum(dataset.manifest.num_samples for dataset in datasets))
-        for dataset in datasets:
-            for shard, facts in enumerate(dataset.manifest.shards):
-                try:
-                    keys = dataset.keys(shard)
-                except SampleError as error:
-                    numbers = range(facts.num_samples)
-                    skipped += [dataset.rejection(shard, f"sample {number}", str(error)) for number in numbers]
-                    progress.advance(task, facts.num_samples)
-                    continue
-                for index, key in enumerate(keys):
-                    yield dataset, shard, index, key
-                    progress.advance(task)
+    with Progress(*columns, console=Console(stderr=True), disable=process.rank > 0) as progress:
+        return list(progress.track(scoring.outcomes(places, num_workers), total=num_images))
+
+
+def collect(
+    scoring: Scoring, outcomes: Iterable[Outcome], refused: Iterable[Rejection], *, seconds: float
+) -> Evaluation:
+    """What all processes found, in the order of the data sets; RuntimeError unless every image came exactly once."""
+    outcomes = sorted(outcomes, key=lambda outcome: outcome.place)
+    if [outcome.place.number for outcome in outcomes] != list(range(scoring.num_images)):
+        num_different = len({outcome.place for outcome in outcomes})
+        raise RuntimeError(
+            f"{len(outcomes)} results for {num_different} different images, and the manifests list "
+            f"{scoring.num_images}: every image must be scored exactly once"
+        )
+    images: list[ScoredImage] = []
+    skipped = list(refused)
+    for outcome in outcomes:
+        dataset, place = scoring.datasets[outcome.place.dataset], outcome.place
+        if outcome.reason:
+            skipped.append(dataset.rejection(place.shard, outcome.key, outcome.reason))
+            continue
+        image = ScoredImage(
+            dataset=dataset,
+            shard=place.shard,
+            index=place.sample,
+            key=outcome.key,
+            scores={name: scored.scores for name, scored in outcome.scored.items()},
+            order={name: scored.order for name, scored in outcome.scored.items()},
+            num_pixels=outcome.num_pixels,
+        )
+        images.append(image)
+    if not images:
+        raise ValueError("no image could be evaluated:\n" + describe_skipped(skipped))
+    evaluation = Evaluation(
+        protocol=scoring.protocol,
+        predictors=scoring.models,
+        images=images,
+        skipped=skipped,
+        seconds=seconds,
+        depth_errors=total_depth_errors(outcomes),
+    )
+    evaluation.warnings.extend(doubts(evaluation))
+    return evaluation
+
+
+def total_depth_errors(outcomes: Iterable[Outcome]) -> dict[str, np.ndarray]:
+    """By model, its errors over depth (2, bins) added up over the images; empty where the ground truth is no map."""
+    totals: dict[str, np.ndarray] = {}
+    for outcome in outcomes:
+        for name, scored in outcome.scored.items():
+            if scored.depth_errors is not None:
+                totals[name] = totals.get(name, 0.0) + scored.depth_errors
+    return totals
+
+
+def doubts(evaluation: Evaluation) -> Iterator[str]:
+    """What the numbers themselves give reason to warn of."""
+    for name, model in evaluation.predictors.items():
+        order = float(np.median([image.order[name] for image in evaluation.images]))
+        if order < 0:
+            yield (
+                f"{name} is said to predict {model.kind}, but its order is reversed: median rank correlation with the "
+                f"ground truth {order:.2f}; is it {OTHER_KIND[model.kind]} passed as {model.kind}?"
+            )
+    for metric, count in evaluation.num_undefined().items():
+        yield f"{metric} is not defined on {count} of {len(evaluation.images)} images, which its mean leaves out"
+    recipes: dict[str, list[str]] = {}
+    for name, model in evaluation.predictors.items():
+        facts = provenance_of(model)
+        recipe = json.dumps(
+            {key: facts[key] for key in facts if key not in MADE_BY_CHANCE}, sort_keys=True, default=str
+        )
+        if facts.get("seed") is not None:
+            recipes.setdefault(recipe, []).append(name)
+    for names in recipes.values():
+        if len(names) > 1:
+            yield f"{', '.join(names)} are one recipe with several seeds: the best of them is not what the recipe gives"
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -119,15 +197,15 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def as_lists(overrides: Sequence[str]) -> list[str]:
-    """`model=A,B` as `models=["A", "B"]`, `dataset=` alike.
+    """`model=A,B` as `models=["A", "B"]`, `dataset=` and `training=` alike.
 
     Hydra would read the comma as a sweep, and `model` and `dataset` as the config groups that training chooses from.
     """
     listed = []
     for override in overrides:
         key, _, value = override.partition("=")
-        is_plain = key in ("model", "dataset")
-        listed.append(f"{key}s={json.dumps(value.split(','), ensure_ascii=False)}" if is_plain else override)
+        is_plain = key in LISTS and not value.startswith("[")
+        listed.append(f"{LISTS[key]}={json.dumps(value.split(','), ensure_ascii=False)}" if is_plain else override)
     return listed
 
 
@@ -136,15 +214,70 @@ def main(argv: list[str]) -> int:
 
 
 def run(config: EvaluateConfig) -> None:
-    """Evaluate, write everything to `config.out` and print the means."""
-    names = short_names(config.models)
-    predictors = {name: load(path, config.device) for name, path in zip(names, config.models, strict=True)}
-    evaluation = evaluate(predictors, config.datasets, config.protocol)
+    """Evaluate in this process and those beside it; the first one writes everything to `out` and prints the means."""
+    start = time.monotonic()
+    process = this_process()
+    if process.world_size > 1 and config.devices > 1:
+        raise ValueError(f"devices={config.devices}: torchrun or srun already started {process.world_size} processes")
+    scoring, refused = prepare_process(config, process)
+    warnings = check_leakage(config, scoring)
+    with joined(process) as gather:
+        shares = gather(score_in_processes(config, scoring, process))
+    if process.rank > 0:
+        return
+    outcomes = [outcome for share in shares for outcome in share]
+    evaluation = collect(scoring, outcomes, refused, seconds=time.monotonic() - start)
+    evaluation.warnings[:0] = warnings
     out = Path(config.out)
     save(evaluation, out)
     write_report(evaluation, out, config.num_pictures)
+    show(evaluation, out)
+
+
+def prepare_process(config: EvaluateConfig, process: Process) -> tuple[Scoring, list[Rejection]]:
+    paths = dict(zip(short_names(config.models), config.models, strict=True))
+    return prepare(load_models(paths, process.device(config.device)), config.datasets, config.protocol)
+
+
+def check_leakage(config: EvaluateConfig, scoring: Scoring) -> list[str]:
+    """What must be said of images that models were trained on; ValueError for them unless `allow_leakage`."""
+    leakage = find_leakage(scoring.models, scoring.datasets, config.training, config.num_workers)
+    if leakage.found and not config.allow_leakage:
+        found = "\n".join(f"  {sentence}" for sentence in leakage.found)
+        raise ValueError(
+            f"leakage, so the numbers would say nothing of other images:\n{found}\n"
+            "Evaluate on other images, or set allow_leakage=true, which is then said beside every number"
+        )
+    return [*(f"LEAKAGE: {sentence}" for sentence in leakage.found), *leakage.unchecked]
+
+
+def score_in_processes(config: EvaluateConfig, scoring: Scoring, process: Process) -> list[Outcome]:
+    """What came of the images of this process, and of the `devices` - 1 that it starts."""
+    if config.devices == 1:
+        return score_share(scoring, process, config.num_workers)
+    processes = [Process(rank, config.devices, rank) for rank in range(config.devices)]
+    with ExitStack() as stack:
+        pool = stack.enter_context(worker_pool(config.devices - 1))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        others = [pool.submit(load_and_score, config, other) for other in processes[1:]]
+        outcomes = score_share(scoring, processes[0], config.num_workers)
+        for other in others:
+            outcomes += other.result()
+    return outcomes
+
+
+def load_and_score(config: EvaluateConfig, process: Process) -> list[Outcome]:
+    """In a process of its own."""
+    return score_share(prepare_process(config, process)[0], process, config.num_workers)
+
+
+def show(evaluation: Evaluation, out: Path) -> None:
     console = Console()
     console.print(summary_table(evaluation))
+    if len(evaluation.predictors) > 1:
+        console.print(difference_table(evaluation))
     if evaluation.skipped:
         console.print(f"{len(evaluation.skipped)} skipped; the reasons are in the report", style="yellow")
+    for warning in evaluation.warnings:
+        console.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True)

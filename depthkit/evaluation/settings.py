@@ -206,6 +206,11 @@ class EvaluateConfig:
     out: str = "runs/evaluate"
     num_pictures: int = 8  # images shown in the report
     device: str = "auto"
+    devices: int = 1  # processes, each with a GPU of its own where there are several; 1 under torchrun or srun
+    num_workers: int = 4  # threads of each process that read and score while it predicts
+    training: list[str] = field(default_factory=list)  # further manifests that the models were trained on
+    allow_leakage: bool = False  # evaluate models on their training images all the same
 
     def __post_init__(self) -> None:
-        check(self.num_pictures > 0, "num_pictures", self.num_pictures, "> 0")
+        for name in ("num_pictures", "devices", "num_workers"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "> 0")
