@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import bundle_weights
+from test_train import bundle_weights, logged
 
 from depthkit.bundle import BundleFacts, load_model, save_bundle
 from depthkit.checks import check_model, validate
@@ -255,5 +255,7 @@ def test_compiled_run_ends_with_the_bundle_of_the_plain_one(tiny_config, tmp_pat
         run(tiny_config("teacher", tmp_path / name, f"trainer.compile={compiles}"))
     plain, compiled = (bundle_weights(tmp_path / name) for name in ("plain", "compiled"))
     assert compiled.keys() == plain.keys()
-    for name in plain:
-        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-3, atol=1e-4)
+    # Adam makes whole steps of the rounding errors in gradients near 0, so not the weights but what they do is alike.
+    plain_losses, losses = ([row["loss"] for row in logged(tmp_path / name)] for name in ("plain", "compiled"))
+    assert len(losses) == 6
+    assert losses == pytest.approx(plain_losses, rel=1e-3)
