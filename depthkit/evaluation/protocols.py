@@ -196,9 +196,9 @@ def _crop_mask(depth: Tensor, crop: list[float] | None) -> Tensor:
     shares = [0.0, 1.0, 0.0, 1.0] if crop is None else crop
     if max(shares) > 1:
         shares = [border / side for border, side in zip(shares, (height, height, width, width), strict=True)]
-    # 471 / 480 * 480 must give 471 whatever the last bit says.
+    # 471 / 480 * 480 must give 471 whatever the last bit says, and Garg's 0.99189189 * 370 = 366.9999993 stay 366.
     borders = zip(shares, (height, height, width, width), strict=True)
-    top, bottom, left, right = (int(share * size + 1e-6) for share, size in borders)
+    top, bottom, left, right = (int(share * size + 1e-9) for share, size in borders)
     mask = torch.zeros(height, width, dtype=torch.bool, device=depth.device)
     mask[top:bottom, left:right] = True
     return mask
@@ -222,7 +222,7 @@ def _align_disparity(
     predicts metres is inverted first.
     """
     disparity = reciprocal(prediction.clamp(min=SMALLEST_DEPTH)) if kind == "depth" else prediction
-    target = reciprocal(torch.where(valid_mask, depth, 1.0))
+    target = reciprocal(depth)  # infinite where invalid
     aligned = ALIGNMENTS[protocol.alignment](disparity, target, valid_mask)
     if protocol.floor is Floor.cap:
         assert protocol.max_depth is not None, "ProtocolConfig refuses it"
