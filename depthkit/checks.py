@@ -17,6 +17,7 @@ from depthkit.config import (
 from depthkit.data.manifest import load_manifest
 from depthkit.data.reader import labels_manifest, selected_samples, usable_target
 from depthkit.data.remote import is_remote
+from depthkit.evaluation.settings import Aggregation, GroundTruth, kind_refusal
 from depthkit.trainer_checks import check_trainer, zero_stage
 from depthkit.types import Kind
 
@@ -43,6 +44,7 @@ def validate(config: TrainConfig, pending: Collection[str] = ()) -> None:
     for name, dataset in config.data.val.items():
         check_dataset(f"data.val.{name}", dataset, "depth")
     check_validation(config)
+    check_protocol(config)
     check_warmup(config)
     check_averaging(config)
     check_best(config)
@@ -143,6 +145,26 @@ def check_validation(config: TrainConfig) -> None:
     world_size = config.trainer.devices * config.trainer.num_nodes
     allowed = f"such that the {total} validation images are at least one for each of {world_size} ranks"
     check(not images or total >= world_size, "trainer.limit_val_batches", limit, allowed)
+
+
+def check_protocol(config: TrainConfig) -> None:
+    """The protocol can judge disparity, by image, as validation meets it: whole images, seen once."""
+    protocol = config.protocol
+    if not config.data.val:
+        return
+    plain = {"ground_truth": GroundTruth.depth, "window": None, "flip": False, "aggregation": Aggregation.images}
+    for name, usual in plain.items():
+        allowed = f"{usual!r} in training; `depthkit evaluate` knows the others"
+        check(getattr(protocol, name) == usual, f"protocol.{name}", getattr(protocol, name), allowed)
+    if reason := kind_refusal(protocol, "disparity"):
+        raise ConfigError(reason)
+    if protocol.datasets is None:
+        return
+    for name, dataset in config.data.val.items():
+        if is_remote(dataset.manifest) or Path(dataset.manifest).is_file():
+            found = load_manifest(dataset.manifest).name
+            allowed = f"null, or among them {found}, the data set of data.val.{name}"
+            check(found in protocol.datasets, "protocol.datasets", protocol.datasets, allowed)
 
 
 def check_model(config: TrainConfig) -> None:

@@ -9,6 +9,8 @@ from handmade import DEPTH, labeled_sample, pseudo_labels, unlabeled_sample, wri
 
 from depthkit.checks import validate
 from depthkit.config import ConfigError, DatasetConfig, TrainConfig
+from depthkit.data.manifest import load_manifest
+from depthkit.evaluation.settings import Aggregation, Alignment
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +109,32 @@ def test_the_number_of_ranks_is_known(student: TrainConfig, field: str, value: i
     setattr(student.trainer, field, value)
     with pytest.raises(ConfigError, match=rf"trainer\.{field}={value}: must be a number > 0"):
         validate(student)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"flip": True}, r"protocol\.flip=True: must be False in training; `depthkit evaluate` knows the others"),
+        ({"window": [24, 32]}, r"protocol\.window=\[24, 32\]"),
+        ({"aggregation": Aggregation.pixels}, r"protocol\.aggregation"),
+        ({"alignment": Alignment.none}, r"the model predicts disparity.*use an affine_disparity protocol"),
+        (
+            {"datasets": ["nyuv2_raw"]},
+            r"protocol\.datasets=\['nyuv2_raw'\]: must be null, or among them .*data\.val\.rooms",
+        ),
+    ],
+)
+def test_a_protocol_that_validation_cannot_follow_is_refused(
+    student: TrainConfig, settings: dict[str, Any], message: str
+):
+    student.protocol = replace(student.protocol, **settings)
+    with pytest.raises(ConfigError, match=message):
+        validate(student)
+    student.data.val = {}
+    validate(student)
+
+
+def test_a_protocol_of_the_validation_set_is_fine(student: TrainConfig, root: Path):
+    name = load_manifest(root / "rooms" / "manifest.json").name
+    student.protocol = replace(student.protocol, datasets=[name])
+    validate(student)

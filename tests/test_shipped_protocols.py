@@ -14,7 +14,7 @@ from shipped import SHIPPED, shipped
 
 from depthkit.data.facts import known_datasets
 from depthkit.evaluation.ground_truth import Case, check_enough_pixels, cut, score_case
-from depthkit.evaluation.protocols import aggregate, compare, protocol_id, rank_correlation
+from depthkit.evaluation.protocols import aggregate, protocol_id, rank_correlation, score
 from depthkit.evaluation.settings import Aggregation, ProtocolConfig
 from depthkit.metrics_pairs import pair_accuracy, whdr
 from depthkit.types import Kind, Prediction
@@ -157,8 +157,8 @@ def test_pairs_by_hand(name: str, metric, expected: float):
 def test_validation_on_a_gpu_waits_for_no_number(name: str):
     """A tensor on the device `meta` has no values: whatever would read one back to the host fails."""
     maps = [torch.empty(2, 40, 60, device="meta", dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bool)]
-    compared = compare(*maps, shipped(name), CASES[name][0].kind)
-    assert compared.prediction.shape == (2, 40, 60)
+    values = score(*maps, shipped(name), CASES[name][0].kind)
+    assert all(value.shape == (2,) for value in values.values())
     assert rank_correlation(*maps).shape == (2,)
 
 
