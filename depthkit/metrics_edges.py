@@ -5,10 +5,13 @@ Only pairs of which both pixels are valid count. Source of boundary F1 and recal
 section 3.2) and apple/ml-depth-pro `eval/boundary_metrics.py`.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from depthkit.metrics_pixels import Pixels, positions, shared
+from depthkit.alignment import positions
+from depthkit.metrics_pixels import Pixels, shared
 
 BOUNDARY_RATIOS = torch.linspace(1.05, 1.25, 10, dtype=torch.float64).float()
 """The thresholds of boundary F1 and recall; each weighs in proportion to itself."""
@@ -50,12 +53,11 @@ def edge_abs_rel(pixels: Pixels) -> Tensor:
     the target (`EDGE_RATIO`). NaN where it has none. The band is our choice; no paper fixes one.
     """
     prediction, target, valid_mask = pixels.maps
-    near = torch.zeros_like(valid_mask)
-    for dim in (1, 2):
-        first, second, is_pair = _neighbours(target, valid_mask, dim)
-        is_edge = is_pair & (torch.maximum(first / second, second / first) > EDGE_RATIO)
-        near.narrow(dim, 0, is_edge.shape[dim]).logical_or_(is_edge)
-        near.narrow(dim, 1, is_edge.shape[dim]).logical_or_(is_edge)
+    near = torch.zeros(valid_mask.shape, dtype=torch.bool, device=valid_mask.device)
+    for pairs in _unequal_pairs(pixels):
+        quotient = _quotients(target, pairs)
+        places = pairs.places[(quotient > EDGE_RATIO) | (quotient < 1 / EDGE_RATIO)]
+        near.view(-1).index_fill_(0, places, True).index_fill_(0, places + pairs.step, True)
     for dim in (1, 2):
         near = _dilate(near, dim)
     at_edges = Pixels(prediction, target, near & valid_mask)
@@ -87,11 +89,39 @@ def _weighted(values: Tensor) -> Tensor:
     return (values * ratios).sum(1) / ratios.sum()
 
 
-def _neighbours(values: Tensor, valid_mask: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each pixel and the next one along `dim`, and whether both are valid."""
-    size = values.shape[dim] - 1
-    first, second = (values.narrow(dim, start, size) for start in (0, 1))
-    return first, second, valid_mask.narrow(dim, 0, size) & valid_mask.narrow(dim, 1, size)
+class _Pairs(NamedTuple):
+    """Valid neighbours along one dimension: `places` and `places + step` are their places in the flat (B, H, W)."""
+
+    places: Tensor
+    step: int
+    num_valid: Tensor  # (B,) all pairs of valid neighbours, whether listed or not
+
+
+@shared
+def _unequal_pairs(pixels: Pixels) -> list[_Pairs]:
+    """The pairs along rows and along columns of which the prediction or the target may exceed the smallest ratio."""
+    prediction, target, valid_mask = pixels.maps
+    pairs = []
+    for dim in (1, 2):
+        size = valid_mask.shape[dim] - 1
+        is_pair = valid_mask.narrow(dim, 0, size) & valid_mask.narrow(dim, 1, size)
+        jumps = [(m.narrow(dim, 0, size) / m.narrow(dim, 1, size)).sub_(1).abs_() for m in (prediction, target)]
+        jump = torch.maximum(*jumps, out=jumps[0])
+        # A little less than 1 - 1 / 1.05; NaN in one map must not hide a pair of the other. Comparing into floats first
+        # takes a third of the time.
+        is_equal = torch.le(jump, 0.047, out=jump).bool()
+        found = positions(is_pair & ~is_equal)
+        step = valid_mask.shape[2] if dim == 1 else 1
+        places = found + found // max(size * step, 1) * step
+        pairs.append(_Pairs(places, step, is_pair.sum((1, 2))))
+    return pairs
+
+
+def _quotients(depth: Tensor, pairs: _Pairs) -> Tensor:
+    """The depth of the first pixel of each pair by that of the second."""
+    flat = depth.flatten()
+    first, second = (flat.index_select(0, places) for places in (pairs.places, pairs.places + pairs.step))
+    return first.clamp(min=SMALLEST_DEPTH) / second.clamp(min=SMALLEST_DEPTH)
 
 
 def _dilate(mask: Tensor, dim: int) -> Tensor:
@@ -107,38 +137,33 @@ def _dilate(mask: Tensor, dim: int) -> Tensor:
 def _precision_recall(pixels: Pixels) -> tuple[Tensor, Tensor]:
     """Precision and recall of occlusions, each (B, ratios), the mean over the four directions."""
     num = len(BOUNDARY_RATIOS)
-    tables, num_pairs = zip(*(_level_table(pixels, dim) for dim in (1, 2)), strict=True)
-    table = torch.stack(tables, dim=1).float()
-    directions = torch.cat([table, table.flip(2, 3)], dim=1)  # (B, 4, levels of the prediction, of the target)
-    above = directions.flip(2, 3).cumsum(2).cumsum(3).flip(2, 3)[..., num + 1 :, num + 1 :]
-    found = above.diagonal(dim1=2, dim2=3)
-    predicted = directions.sum(3).flip(2).cumsum(2).flip(2)[..., num + 1 :]
-    true = directions.sum(2).flip(2).cumsum(2).flip(2)[..., num + 1 :]
-    undefined = torch.where(sum(num_pairs) > 0, 0.0, torch.nan)[:, None]
+    table = torch.stack([_level_table(pixels, pairs) for pairs in _unequal_pairs(pixels)], dim=1)
+    directions = torch.cat([table, table.flip(2, 3)], dim=1).float()  # (B, 4, levels of prediction, of target)
+    above = directions.flip(2, 3).cumsum(2).cumsum(3).flip(2, 3)  # pairs of at least these levels
+    found = above.diagonal(dim1=2, dim2=3)[..., num + 1 :]
+    predicted, true = above[..., num + 1 :, 0], above[..., 0, num + 1 :]
+    num_pairs = torch.stack([pairs.num_valid for pairs in _unequal_pairs(pixels)]).sum(0)
+    undefined = torch.where(num_pairs > 0, 0.0, torch.nan)[:, None]
     precision, recall = ((found / total.clamp(min=1)).mean(1) + undefined for total in (predicted, true))
     return precision, recall
 
 
-def _level_table(pixels: Pixels, dim: int) -> tuple[Tensor, Tensor]:
-    """How often a pair of neighbours along `dim` has which level in the prediction and in the target, and the number
-    of pairs, (B,).
+def _level_table(pixels: Pixels, pairs: _Pairs) -> Tensor:
+    """How many pairs have which level in the prediction and in the target, (B, levels, levels).
 
-    The level is the number of ratios that the pair exceeds, negative where the second pixel is the farther one. The
-    table is (B, levels, levels), level 0 in the middle; the pairs with level 0 in both are left out.
+    The level is the number of ratios that the pair exceeds, negative where the second pixel is the farther one; level 0
+    is in the middle, and holds NaN.
     """
     prediction, target, valid_mask = pixels.maps
-    depths = [values.clamp(min=SMALLEST_DEPTH) for values in (prediction, target)]
-    (first, second, is_pair), (true_first, true_second, _) = (_neighbours(d, valid_mask, dim) for d in depths)
-    quotients = [first / second, true_first / true_second]
-    largest = torch.fmax(*(torch.maximum(q, 1 / q) for q in quotients))
-    ratios = BOUNDARY_RATIOS.to(largest.device)
-    found = positions(is_pair & (largest > ratios[0]))
-    values = [q.flatten().index_select(0, found) for q in quotients]
-    level, true_level = (torch.bucketize(v, ratios) - torch.bucketize(1 / v, ratios) for v in values)
-    num, num_levels = len(ratios), 2 * len(ratios) + 1
-    cell = (found // is_pair[0].numel() * num_levels + level + num) * num_levels + true_level + num
-    table = torch.bincount(cell, minlength=len(is_pair) * num_levels**2)
-    return table.view(-1, num_levels, num_levels), is_pair.sum((1, 2))
+    ratios = BOUNDARY_RATIOS.to(target.device)
+    # A quotient of exactly 1 / ratio exceeds the ratio as little as one of exactly the ratio.
+    borders = torch.cat([(1 / ratios.flip(0)).nextafter(torch.zeros_like(ratios)), ratios])
+    level, true_level = (
+        torch.bucketize(_quotients(depth, pairs).nan_to_num_(nan=1.0), borders) for depth in (prediction, target)
+    )
+    num_levels = len(borders) + 1
+    cell = (pairs.places // valid_mask[0].numel() * num_levels + level) * num_levels + true_level
+    return torch.bincount(cell, minlength=len(valid_mask) * num_levels**2).view(-1, num_levels, num_levels)
 
 
 def _peaks(quotient: Tensor, ratio: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def ordinal_accuracy(pixels: Pixels) -> Tensor:
     prediction, target = pixels.prediction, pixels.target
     step = torch.arange(1, NUM_ORDINAL_PAIRS + 1, device=target.device)
     # 2^32 over the plastic number and over its square, so that the sequence is the same on every device.
-    ends = [pixels.numbered(step * factor % 2**32) for factor in (3242174889, 2447445414)]
+    ends = [pixels.numbered(step * factor & 0xFFFFFFFF) for factor in (3242174889, 2447445414)]
     (first, second), (true_first, true_second) = ([m.gather(1, end) for end in ends] for m in (prediction, target))
     is_clear = torch.maximum(true_first / true_second, true_second / true_first) >= ORDINAL_RATIO
     is_right = torch.where(true_first > true_second, first > second, first < second)

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from depthkit.alignment import valid_pixels
 
 Result = TypeVar("Result")
 
@@ -14,27 +15,15 @@ Result = TypeVar("Result")
 class Pixels:
     """A prediction and a target, (B, H, W) each, and the pixels of each image that count.
 
-    `maps` are the three as given, the maps in float32. `prediction` and `target` are (B, N) without what lies outside
-    the mask: one image on a CPU is reduced to its valid pixels (`weights` is None), which for a LiDAR's fifth of the
-    pixels does a fifth of the work; a batch, and anything on a GPU, keeps its size and has 1 at invalid pixels and
-    `weights` 0, so that nothing waits for the number of pixels. Gradients do not pass.
+    `maps` are the three as given, the maps in float32; `prediction`, `target` and `weights` are those of
+    `alignment.valid_pixels`, with 1 outside the mask, where quotients and logarithms are then finite and errors 0.
+    Gradients do not pass.
     """
 
     def __init__(self, prediction: Tensor, target: Tensor, valid_mask: Tensor) -> None:
-        shapes = [tuple(values.shape) for values in (prediction, target, valid_mask)]
-        assert len(set(shapes)) == 1, f"prediction, target and mask have the shapes {shapes}"
         self.maps = (prediction.detach().float(), target.detach().float(), valid_mask)
         self.results: dict[Callable[..., Any], Any] = {}
-        self.weights: Tensor | None = None
-        prediction, target = (values.flatten(1) for values in self.maps[:2])
-        flat_mask = valid_mask.flatten(1)
-        if len(flat_mask) == 1 and flat_mask.device.type == "cpu":
-            valid = positions(flat_mask)
-            if len(valid) > 0:
-                self.prediction, self.target = (values.index_select(1, valid) for values in (prediction, target))
-                return
-        self.prediction, self.target = (torch.where(flat_mask, values, 1.0) for values in (prediction, target))
-        self.weights = flat_mask.float()
+        self.weights, (self.prediction, self.target) = valid_pixels(valid_mask, *self.maps[:2], fill=1.0)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of (B, N) values over the valid pixels of each image, (B,); 0 / 0 = NaN for an empty mask."""
@@ -69,10 +58,3 @@ def shared(function: Callable[[Pixels], Result]) -> Callable[[Pixels], Result]:
         return result
 
     return once
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Flat indices of the True elements, (N,)."""
-    if mask.device.type == "cpu":  # NumPy finds them in a fifth of torch's time
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.flatten().nonzero().squeeze(1)

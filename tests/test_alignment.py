@@ -262,9 +262,10 @@ def test_empty_mask_gives_zero_and_no_gradient(scene, statistic):
 
 
 def test_images_do_not_influence_each_other(scene, statistic):
+    """To rounding: alone, an image is reduced to its valid pixels, and sums over them round differently."""
     together = statistic(*scene)
     alone = torch.cat([statistic(*(x[i : i + 1] for x in scene)) for i in range(3)])
-    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
 
 
 def test_flip_commutes(scene, statistic):
