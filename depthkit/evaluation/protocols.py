@@ -184,10 +184,10 @@ def rank_correlation(prediction: Tensor, depth: Tensor, valid_mask: Tensor, kind
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks along the rows of (B, N), from 0; equal values share the mean of theirs."""
+    """Ranks along the rows of (B, N), up to a constant; equal values share the mean of theirs."""
     ordered = values.sort(dim=1).values
     below, up_to = (torch.searchsorted(ordered, values.contiguous(), side=side) for side in ("left", "right"))
-    return (below + up_to - 1).float() / 2
+    return (below + up_to).float() / 2
 
 
 def _crop_mask(depth: Tensor, crop: list[float] | None) -> Tensor:
