@@ -113,7 +113,7 @@ def _unequal_pairs(pixels: Pixels) -> list[_Pairs]:
         found = positions(is_pair & ~is_equal)
         step = valid_mask.shape[2] if dim == 1 else 1
         places = found + found // max(size * step, 1) * step
-        pairs.append(_Pairs(places, step, is_pair.sum((1, 2))))
+        pairs.append(_Pairs(places, step, is_pair.view(torch.uint8).sum((1, 2), dtype=torch.int32)))
     return pairs
 
 
@@ -142,8 +142,8 @@ def _precision_recall(pixels: Pixels) -> tuple[Tensor, Tensor]:
     above = directions.flip(2, 3).cumsum(2).cumsum(3).flip(2, 3)  # pairs of at least these levels
     found = above.diagonal(dim1=2, dim2=3)[..., num + 1 :]
     predicted, true = above[..., num + 1 :, 0], above[..., 0, num + 1 :]
-    num_pairs = torch.stack([pairs.num_valid for pairs in _unequal_pairs(pixels)]).sum(0)
-    undefined = torch.where(num_pairs > 0, 0.0, torch.nan)[:, None]
+    down, across = (pairs.num_valid for pairs in _unequal_pairs(pixels))
+    undefined = torch.where(down + across > 0, 0.0, torch.nan)[:, None]
     precision, recall = ((found / total.clamp(min=1)).mean(1) + undefined for total in (predicted, true))
     return precision, recall
 

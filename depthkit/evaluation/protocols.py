@@ -27,7 +27,6 @@ from depthkit.alignment import (
     align_median_scale,
     align_scale_least_squares,
     masked_mean,
-    zero_invalid,
 )
 from depthkit.evaluation.settings import (
     IN_DISPARITY,
@@ -128,16 +127,17 @@ def evaluated_pixels(depth: Tensor, valid_mask: Tensor, protocol: ProtocolConfig
     They are the valid ones with depth in `(min_depth, max_depth]`, inside the crop and, with `max_jump`, away from
     jumps in depth. Crop borders are rounded down to whole pixels, as in the published Garg and Eigen crops.
     """
-    valid_mask = valid_mask & (depth > 0) & (depth < torch.inf)  # False for NaN too
-    depth = zero_invalid(depth, valid_mask)
+    # In arithmetic, because `torch.where` takes ten times as long on a CPU.
+    finite = depth.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    depth = finite.clamp(min=0) * valid_mask.view(torch.uint8)
     if protocol.unit is DepthUnit.image_maximum:
         maximum = depth.amax((1, 2), keepdim=True)
         depth = depth / torch.where(maximum > 0, maximum, 1.0)
-    is_evaluated = valid_mask & (depth > protocol.min_depth) & _crop_mask(depth, protocol.crop)
+    is_evaluated = (depth > protocol.min_depth) & _crop_mask(depth, protocol.crop)
     if protocol.max_depth is not None:
         is_evaluated &= depth <= protocol.max_depth
     if protocol.max_jump is not None:
-        is_evaluated &= _jump(depth, valid_mask) <= protocol.max_jump * depth
+        is_evaluated &= _jump(depth, depth > 0) <= protocol.max_jump * depth
     return depth, is_evaluated
 
 
