@@ -16,7 +16,7 @@ from torch import Tensor
 
 from depthkit.compose import SCHEMAS
 from depthkit.config import ConfigError, TrainConfig
-from depthkit.evaluation.report import encode
+from depthkit.evaluation.report_pictures import encode
 from depthkit.files import atomic_write
 from depthkit.runtime.bad_steps import Step
 from depthkit.runtime.checkpoint import is_whole, steps_of

@@ -13,8 +13,9 @@ function decodeGrid(cloud, name) {
   });
 }
 
-/** Colours of the grid's cells, RGBA, from a picture that the page shows. */
-async function gridColors(cloud, picture) {
+/** Colours of the grid's cells, RGBA, from the address of a picture. */
+async function gridColors(cloud, source) {
+  const picture = Object.assign(new Image(), { src: source }); // one of the page's may be lazy and never load
   await picture.decode();
   const canvas = Object.assign(document.createElement("canvas"), { width: cloud.cols, height: cloud.rows });
   const context = canvas.getContext("2d", { willReadFrequently: true });

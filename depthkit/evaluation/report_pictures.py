@@ -15,10 +15,12 @@ import numpy as np
 from matplotlib.colors import to_hex
 
 from depthkit.data.decode import number_fact, read_facts
-from depthkit.evaluation.ground_truth import compare_case
+from depthkit.evaluation.ground_truth import Case, compare_case
 from depthkit.evaluation.results import Evaluation, ScoredImage
+from depthkit.evaluation.settings import DepthUnit
 from depthkit.visualize import ColorScale, relative_error
 
+UNIT_LABELS = {DepthUnit.metres: "metres, planar z", DepthUnit.image_maximum: "share of the largest depth"}
 MAX_TILE_WIDTH = 560
 """Pixels of a picture in the HTML file."""
 MAX_POINTS = 20_000
@@ -65,6 +67,7 @@ def make_picture(evaluation: Evaluation, scored: ScoredImage, reason: str) -> Pi
     """Reads and predicts the image once more."""
     reading = evaluation.predict(scored)
     case = reading.case
+    assert isinstance(case, Case), "it was scored before, on maps"
     models: dict[str, ModelMaps] = {}
     for name, prediction in reading.predictions.items():
         comparison = compare_case(case, prediction, evaluation.protocol)

@@ -10,6 +10,7 @@ import numpy as np
 from depthkit.evaluation.results import Evaluation, arrow, best_model
 from depthkit.metrics import METRICS
 
+DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 MAX_ROWS = 20_000
 """Images in the table of the page; of more, those with the worst first metric. `per_image.csv` holds all."""
 
@@ -17,7 +18,7 @@ MAX_ROWS = 20_000
 def number(value: float) -> str:
     """Four decimals, fewer for large numbers: "0.1820", "23.46", "1234"."""
     if not math.isfinite(value):
-        return "–"
+        return DASH
     return f"{value:.{4 if abs(value) < 10 else 2 if abs(value) < 1000 else 0}f}"
 
 
@@ -58,8 +59,8 @@ def _mean_group(evaluation: Evaluation, dataset: str | None, title: str, num_ima
 
 
 def interval_text(interval: tuple[float, float]) -> str:
-    """ "0.1500 – 0.2100"; empty when it is not known, as of a single image."""
-    return f"{number(interval[0])} – {number(interval[1])}" if np.isfinite(interval).all() else ""
+    """Both ends as `number`s; empty when it is not known, as of a single image."""
+    return f"{number(interval[0])} {DASH} {number(interval[1])}" if np.isfinite(interval).all() else ""
 
 
 def headline(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -121,7 +122,7 @@ def _difference_cell(evaluation: Evaluation, model: str, first: str, metric: str
 
 def signed(value: float) -> str:
     """`number` with its sign, a minus that is as wide as a plus."""
-    return f"{'+' if value > 0 else ''}{number(value)}".replace("-", "−")
+    return f"{'+' if value > 0 else ''}{number(value)}".replace("-", MINUS)
 
 
 def depth_chart(
@@ -154,14 +155,14 @@ def depth_chart(
             for i in shown
         ]
 
-    lines = [
-        {"model": model, "index": index, "points": points(mean)} for index, (model, mean) in enumerate(means.items())
-    ]
-    for line in lines:
-        line["steps"] = [pair for pair in pairwise(line["points"]) if all(pair)]
+    lines = []
+    for index, (model, mean) in enumerate(means.items()):
+        along = points(mean)
+        steps = [pair for pair in pairwise(along) if all(pair)]
+        lines.append({"model": model, "index": index, "points": along, "steps": steps})
     bins = [
         {
-            "range": f"{edges[i]:.3g} – {edges[i + 1]:.3g}",
+            "range": f"{edges[i]:.3g} {DASH} {edges[i + 1]:.3g}",
             "x": place(edges[i]),
             "width": place(edges[i + 1]) - place(edges[i]),
             "share": round(100 * counts[i] / counts.max(), 2),

@@ -45,7 +45,8 @@ async function showClouds() {
   const model = find("#cloud-model").value;
   const truth = decodeGrid(cloud, "target");
   const prediction = decodeGrid(cloud, model);
-  const colors = await gridColors(cloud, layerElement("image"));
+  const colors = await gridColors(cloud, layerElement("image").src);
+  if (cloud !== page.clouds[viewer.picture] || model !== find("#cloud-model").value) return; // chosen anew meanwhile
   const predictionColors = find("#cloud-colors").value === "error" ? errorColors(prediction, truth) : colors;
   clouds.views = [
     { canvas: find("#cloud-target"), points: backProject(cloud, truth, colors) },

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from depthkit.data.windows import normalize
 from depthkit.evaluation.protocols import compare, protocol_id
-from depthkit.evaluation.report import UNIT_LABELS, encode, shrink
+from depthkit.evaluation.report_pictures import UNIT_LABELS, encode, shrink
 from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.files import atomic_write
 from depthkit.runtime.meter import samples_seen
