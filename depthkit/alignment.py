@@ -172,9 +172,11 @@ def fit_median_scale(prediction: Tensor, target: Tensor, valid_mask: Tensor) -> 
     Of an even number of pixels the median is the mean of the middle two, as NumPy's. A prediction with median <= 0
     cannot be scaled and gives 0. Source: Zhou et al. 2017 (SfMLearner), section 4.1.
     """
-    # The lower median of the negative is the upper one.
-    predicted, true = ((masked_median(x, valid_mask) - masked_median(-x, valid_mask)) / 2 for x in (prediction, target))
-    can_scale = predicted > 0
+    num_valid = valid_mask.sum((1, 2))[:, None]
+    middle = torch.cat([(num_valid - 1).clamp(min=0) // 2, num_valid // 2], dim=1)
+    maps = valid_pixels(valid_mask, prediction, target, fill=torch.inf)[1]
+    predicted, true = (values.sort(dim=1, stable=True).values.gather(1, middle).mean(1) for values in maps)
+    can_scale = (predicted > 0) & (num_valid[:, 0] > 0)
     return torch.where(can_scale, true / torch.where(can_scale, predicted, 1.0), 0.0)
 
 
