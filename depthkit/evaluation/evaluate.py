@@ -19,14 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from depthkit.data.workers import worker_pool
 from depthkit.evaluation.ground_truth import EvaluationSet
-from depthkit.evaluation.leakage import find_leakage
-from depthkit.evaluation.models import Model, StoredPredictions, load_models, provenance_of
+from depthkit.evaluation.leakage import Leakage, find_leakage
+from depthkit.evaluation.models import Model, StoredPredictions, load_models, provenance_of, split_options
 from depthkit.evaluation.outputs import difference_table, save, summary_table
 from depthkit.evaluation.processes import Process, joined, this_process
 from depthkit.evaluation.report import write_report
 from depthkit.evaluation.results import Evaluation, ScoredImage
 from depthkit.evaluation.scoring import Outcome, Scoring
-from depthkit.evaluation.settings import EvaluateConfig, ProtocolConfig
+from depthkit.evaluation.settings import EvaluateConfig, ProtocolConfig, kind_refusal
 from depthkit.hydra_entry import hydra_main
 from depthkit.types import Kind, Rejection
 
@@ -60,6 +60,8 @@ def prepare(
         if model.sha256 and model.sha256 in names:
             raise ValueError(f"{names[model.sha256]} and {name} are one model (sha256 {model.sha256}): leave one out")
         names[model.sha256] = name
+        if refusal := kind_refusal(protocol, model.kind):
+            raise ValueError(f"model {name}: {refusal}")
     datasets, refused = usable_datasets(manifests, protocol)
     for name, model in models.items():
         if isinstance(model, StoredPredictions):
@@ -220,14 +222,15 @@ def run(config: EvaluateConfig) -> None:
     if process.world_size > 1 and config.devices > 1:
         raise ValueError(f"devices={config.devices}: torchrun or srun already started {process.world_size} processes")
     scoring, refused = prepare_process(config, process)
-    warnings = check_leakage(config, scoring)
+    leakage = check_leakage(config, scoring)
     with joined(process) as gather:
         shares = gather(score_in_processes(config, scoring, process))
     if process.rank > 0:
         return
     outcomes = [outcome for share in shares for outcome in share]
     evaluation = collect(scoring, outcomes, refused, seconds=time.monotonic() - start)
-    evaluation.warnings[:0] = warnings
+    evaluation.warnings[:0] = [f"LEAKAGE: {sentence}" for sentence in leakage.found]
+    evaluation.notes.extend(leakage.notes)
     out = Path(config.out)
     save(evaluation, out)
     write_report(evaluation, out, config.num_pictures)
@@ -235,12 +238,13 @@ def run(config: EvaluateConfig) -> None:
 
 
 def prepare_process(config: EvaluateConfig, process: Process) -> tuple[Scoring, list[Rejection]]:
-    paths = dict(zip(short_names(config.models), config.models, strict=True))
-    return prepare(load_models(paths, process.device(config.device)), config.datasets, config.protocol)
+    names = short_names([split_options(model)[0] for model in config.models])
+    models = dict(zip(names, config.models, strict=True))
+    return prepare(load_models(models, process.device(config.device)), config.datasets, config.protocol)
 
 
-def check_leakage(config: EvaluateConfig, scoring: Scoring) -> list[str]:
-    """What must be said of images that models were trained on; ValueError for them unless `allow_leakage`."""
+def check_leakage(config: EvaluateConfig, scoring: Scoring) -> Leakage:
+    """What is known of images that models were trained on; ValueError for them unless `allow_leakage`."""
     leakage = find_leakage(scoring.models, scoring.datasets, config.training, config.num_workers)
     if leakage.found and not config.allow_leakage:
         found = "\n".join(f"  {sentence}" for sentence in leakage.found)
@@ -248,7 +252,7 @@ def check_leakage(config: EvaluateConfig, scoring: Scoring) -> list[str]:
             f"leakage, so the numbers would say nothing of other images:\n{found}\n"
             "Evaluate on other images, or set allow_leakage=true, which is then said beside every number"
         )
-    return [*(f"LEAKAGE: {sentence}" for sentence in leakage.found), *leakage.unchecked]
+    return leakage
 
 
 def score_in_processes(config: EvaluateConfig, scoring: Scoring, process: Process) -> list[Outcome]:
@@ -278,6 +282,8 @@ def show(evaluation: Evaluation, out: Path) -> None:
         console.print(difference_table(evaluation))
     if evaluation.skipped:
         console.print(f"{len(evaluation.skipped)} skipped; the reasons are in the report", style="yellow")
+    for note in evaluation.notes:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
     for warning in evaluation.warnings:
         console.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True)

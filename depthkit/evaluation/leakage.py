@@ -43,10 +43,10 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Leakage:
-    """In sentences: what was found, and what could not be checked."""
+    """In sentences: what was found, and what else a reader should know, above all what could not be checked."""
 
     found: list[str] = field(default_factory=list)
-    unchecked: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def find_leakage(
@@ -72,12 +72,12 @@ def find_leakage(
         unknown = [source.name for source in sources_of(provenance_of(model)) if not RECORDED.fullmatch(source.name)]
         unread = {row.name for row in trained[name] if row.digest not in readable.keys() - too_large}
         if unknown:
-            leakage.unchecked.append(f"leakage: not checked what {name} was made from: {', '.join(unknown)}")
-        leakage.unchecked.extend(validated_on(name, provenance_of(model), datasets))
+            leakage.notes.append(f"{name}: leakage could not be checked for {', '.join(unknown)}")
+        leakage.notes.extend(validated_on(name, provenance_of(model), datasets))
         if unread:
-            leakage.unchecked.append(
-                f"leakage: {', '.join(sorted(unread))}, of the training data of {name}, compared by name and digest "
-                "alone; training=MANIFEST,... has their images compared as well"
+            leakage.notes.append(
+                f"{name}: leakage was checked by name and digest alone, not by image, for {', '.join(sorted(unread))}; "
+                "training=MANIFEST,... has their images compared as well"
             )
     used = {row.digest for rows in trained.values() for row in rows} | {d.manifest.digest()[:8] for d in given.values()}
     compared = [data for digest, data in readable.items() if digest in used - too_large]
@@ -144,7 +144,10 @@ def same_pictures(
     pairs: dict[tuple[int, int], list[Match]] = {}
     for match in find_duplicates(pictures).leaks:
         pairs.setdefault((match.first[0], match.second[0]), []).append(match)
+    digests = [data.manifest.digest() for data in sets]
     for (ours, theirs), matches in pairs.items():
+        if digests[ours] == digests[theirs]:
+            continue  # `same_data` says so
         examples = [
             f"{key_of(sets[theirs], pictures[theirs], match.second[1])} looks like "
             f"{key_of(sets[ours], pictures[ours], match.first[1])} ({match.distance} of {BITS} bits differ)"

@@ -3,6 +3,9 @@
 A folder of predictions holds `predictions.json` (`PredictionFacts`) and one map per image, `DATASET/SPLIT/KEY.EXT`,
 `DATASET/KEY.EXT` or, where a single data set is evaluated, `KEY.EXT`; the extensions are those of `CODEC_OF`. What
 `depthkit predict` writes is read with the scale and offset of its own JSON files.
+
+Options of a model follow its path, as in `weights.pth:taps=v1` (those of `depthkit.load`) or, in the place of
+`predictions.json`, `folder:kind=depth:scale=1000`.
 """
 
 import json
@@ -14,12 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from depthkit.data.codecs import CODECS
 from depthkit.data.manifest import Codec, parse
 from depthkit.data.quarantine import SampleError
 from depthkit.evaluation.ground_truth import EvaluationSet
-from depthkit.evaluation.settings import Alignment, ProtocolConfig
+from depthkit.evaluation.settings import Alignment, GroundTruth, ProtocolConfig
 from depthkit.inference.depth_files import read_record, read_values
 from depthkit.inference.loading import load
 from depthkit.inference.predictor import Predictor
@@ -47,7 +51,7 @@ class PredictionFacts:
     """
 
     kind: Kind
-    unit: Literal["metres", "relative"] | None = None
+    unit: Literal["metres", "relative", ""] = ""
     scale: float = 1.0
     flip: bool = False
 
@@ -59,22 +63,23 @@ class PredictionFacts:
 
 
 class StoredPredictions:
-    """Predictions on disk; ValueError names what `predictions.json` lacks."""
+    """Predictions on disk, by `predictions.json` or by `options` of the same names; ValueError names what is wrong."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
         self.folder = folder
         self.name = str(folder)
         try:
-            self.facts: PredictionFacts = parse(PredictionFacts, json.loads((folder / FACTS).read_bytes()), "")
-        except ValueError as error:
+            stated = json.loads((folder / FACTS).read_bytes()) if (folder / FACTS).is_file() else {}
+            self.facts: PredictionFacts = parse(PredictionFacts, {**stated, **options}, "")
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / FACTS}: {error}") from error
         self.kind: Kind = self.facts.kind
         self.unit = self.facts.unit or ("metres" if self.kind == "depth" else "relative")
 
     @cached_property
     def sha256(self) -> str:
-        """Of the names and contents of all files that may be predictions, and of `predictions.json`."""
-        total = sha256((self.folder / FACTS).read_bytes())
+        """Of what the predictions are said to be, and the names and contents of all files that may be some."""
+        total = sha256(repr(self.facts).encode())
         for path in sorted(self.folder.rglob("*")):
             if path.suffix[1:] in CODEC_OF:
                 with path.open("rb") as file:
@@ -123,7 +128,8 @@ class StoredPredictions:
                 f"protocol {protocol.name} {wanted} mirrored images, {FACTS} says flip={str(self.facts.flip).lower()}: "
                 "predict again, or change protocol.flip, which changes the id of the protocol"
             )
-        if protocol.alignment is Alignment.none and self.unit != "metres":
+        is_metric = protocol.ground_truth is GroundTruth.depth and protocol.alignment is Alignment.none
+        if is_metric and self.kind == "depth" and self.unit != "metres":
             raise ValueError(
                 f"protocol {protocol.name} compares metres, and the unit of the predictions is {self.unit}"
             )
@@ -139,12 +145,26 @@ class StoredPredictions:
 Model = Predictor | StoredPredictions
 
 
-def load_models(paths: Mapping[str, str], device: str) -> dict[str, Model]:
-    """Models by name: whatever `depthkit.load` takes, and folders of predictions."""
-    return {
-        name: StoredPredictions(Path(path)) if (Path(path) / FACTS).is_file() else load(path, device)
-        for name, path in paths.items()
-    }
+def load_models(models: Mapping[str, str], device: str) -> dict[str, Model]:
+    """Models by name, from their paths with options: whatever `depthkit.load` takes, and folders of predictions."""
+    return {name: load_model(*split_options(model), device) for name, model in models.items()}
+
+
+def load_model(path: str, options: Mapping[str, Any], device: str) -> Model:
+    if (Path(path) / FACTS).is_file() or "kind" in options:
+        return StoredPredictions(Path(path), options)
+    try:
+        return load(path, device, **options)
+    except TypeError as error:
+        raise ValueError(f"{path}: {', '.join(options)} cannot be options of it: {error}") from error
+
+
+def split_options(model: str) -> tuple[str, dict[str, Any]]:
+    """`PATH:KEY=VALUE:...` as path and options; a path that exists is a path, whatever it is called."""
+    path, *options = model.split(":")
+    if Path(model).exists() or not all("=" in option for option in options):
+        return model, {}
+    return path, dict(OmegaConf.from_dotlist(options))
 
 
 def provenance_of(model: Model) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def results(evaluation: Evaluation) -> dict[str, Any]:
         "bootstrap": {"over": "images", "interval": "percentile", "level": LEVEL}
         | {"resamples": NUM_RESAMPLES, "seed": SEED},
         "warnings": evaluation.warnings,
+        "notes": evaluation.notes,
         "models": {name: _model(evaluation, name, model) for name, model in evaluation.predictors.items()},
         "differences": [
             {"model": a, "minus": b}
@@ -180,7 +181,7 @@ def latex_table(evaluation: Evaluation) -> str:
     columns = " & ".join(f"{_tex(metric)} {TEX_ARROWS[arrow(metric)]}" for metric in metrics)
     lines = [
         rf"% depthkit {__version__}, {protocol_id(evaluation.protocol)}; needs \usepackage{{booktabs}}",
-        *(f"% WARNING: {warning}".replace("\n", " ") for warning in evaluation.warnings),
+        *(f"% {note}" for note in evaluation.notes),
         r"\begin{table}",
         r"\centering",
         rf"\begin{{tabular}}{{l{'r' * len(metrics)}}}",
@@ -200,7 +201,7 @@ def latex_table(evaluation: Evaluation) -> str:
             ]
             lines.append(rf"{_tex(model)} & {' & '.join(cells)} \\")
     caption = f"Protocol {protocol_id(evaluation.protocol)}, {_over(evaluation)}."
-    caption += "".join(f" Warning: {warning}." for warning in evaluation.warnings)
+    caption += "".join(f" Warning: {warning.rstrip('.')}." for warning in evaluation.warnings)
     lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_tex(caption)}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 

@@ -62,6 +62,7 @@ class Evaluation:
     seconds: float
     depth_errors: Mapping[str, np.ndarray] = field(default_factory=dict)  # `depth_errors.error_by_depth` of all images
     warnings: list[str] = field(default_factory=list)  # what every output must say beside the numbers
+    notes: list[str] = field(default_factory=list)  # what a careful reader may want to know: what was not checked
 
     @cached_property
     def dataset_names(self) -> list[str]:
