@@ -13,9 +13,10 @@ from depthkit.data.manifest import TargetSpec, load_manifest
 from depthkit.data.quarantine import SampleError
 from depthkit.data.remote import root_of
 from depthkit.data.shards import ShardReader, image_member
-from depthkit.evaluation.protocols import MIN_PIXELS, Comparison, compare, evaluated_pixels, score
+from depthkit.evaluation.protocols import MIN_PIXELS, Comparison, compare, evaluated_pixels
 from depthkit.evaluation.settings import DepthUnit, GroundTruth, ProtocolConfig
 from depthkit.geometry import reciprocal
+from depthkit.metrics import compute_metrics
 from depthkit.types import Prediction, Rejection
 
 
@@ -113,9 +114,13 @@ def check_enough_pixels(case: Case, protocol: ProtocolConfig) -> int:
 
 
 def score_case(case: Case, prediction: Prediction, protocol: ProtocolConfig) -> dict[str, float]:
-    """The protocol's metrics of one image."""
-    maps = (_tensor(prediction.values), _tensor(case.depth), _tensor(case.valid_mask))
-    return {name: value.item() for name, value in score(*maps, protocol, prediction.kind).items()}
+    """The protocol's metrics of one image that has enough pixels."""
+    return metrics_of(compare_case(case, prediction, protocol), protocol)
+
+
+def metrics_of(comparison: Comparison, protocol: ProtocolConfig) -> dict[str, float]:
+    """The protocol's metrics of the one image of a comparison."""
+    return {name: value.item() for name, value in compute_metrics(*comparison, names=protocol.metrics).items()}
 
 
 def compare_case(case: Case, prediction: Prediction, protocol: ProtocolConfig) -> Comparison:

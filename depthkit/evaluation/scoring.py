@@ -13,13 +13,12 @@ import torch
 
 from depthkit.data.quarantine import SampleError
 from depthkit.evaluation.depth_errors import depth_edges, error_by_depth
-from depthkit.evaluation.ground_truth import Case, EvaluationSet, check_enough_pixels, compare_case, cut
+from depthkit.evaluation.ground_truth import Case, EvaluationSet, check_enough_pixels, compare_case, cut, metrics_of
 from depthkit.evaluation.models import Model, StoredPredictions
 from depthkit.evaluation.pairs import PairCase, read_pairs, score_pairs
 from depthkit.evaluation.protocols import rank_correlation
 from depthkit.evaluation.settings import GroundTruth, ProtocolConfig
 from depthkit.inference.depth_files import ahead
-from depthkit.metrics import compute_metrics
 from depthkit.types import Prediction
 
 Scores = dict[str, float]
@@ -201,13 +200,12 @@ class Truth:
 
 def score_map(case: Case, prediction: Prediction, protocol: ProtocolConfig) -> Scored:
     comparison = compare_case(case, prediction, protocol)
-    scores = {name: value.item() for name, value in compute_metrics(*comparison, names=protocol.metrics).items()}
     values, depth, valid_mask = (
         torch.from_numpy(np.ascontiguousarray(m))[None] for m in (prediction.values, case.depth, case.valid_mask)
     )
     order = rank_correlation(values, depth, valid_mask, prediction.kind).item()
     errors = error_by_depth(comparison, depth_edges(protocol)).numpy()
-    return Scored(scores, order, errors)
+    return Scored(metrics_of(comparison, protocol), order, errors)
 
 
 TRUTHS = {
