@@ -132,8 +132,8 @@ def test_validation_data_of_a_model_are_said_to_be_that(bundle, tmp_path):
 
 
 def test_the_command_refuses_leakage_unless_allowed(bundle, tmp_path, capsys):
-    test = dataset(tmp_path / "test", range(3), "seen")
-    trained(bundle, data={"labeled.x": row_of(test)})
+    test, other = dataset(tmp_path / "test", range(3), "seen"), dataset(tmp_path / "other", range(3, 6), "other")
+    trained(bundle, data={"labeled.x": row_of(test), "labeled.y": row_of(other)})
     out = tmp_path / "out"
     command = [f"model={bundle}", f"dataset={test}", f"out={out}", "num_pictures=1"]
     with pytest.raises(SystemExit):
@@ -145,6 +145,10 @@ def test_the_command_refuses_leakage_unless_allowed(bundle, tmp_path, capsys):
     assert main([*command, "allow_leakage=true"]) == 0
     warning = "LEAKAGE: run was trained on seen/test itself"
     assert warning in capsys.readouterr().out
-    assert json.loads((out / "results.json").read_text())["warnings"][0].startswith(warning)
-    for name in ("results.tex",):
+    stored = json.loads((out / "results.json").read_text())
+    assert stored["warnings"][0].startswith(warning)
+    (note,) = stored["notes"]
+    assert "not by image, for other/test" in note
+    assert note in (out / "report.html").read_text()
+    for name in ("results.tex", "report.html"):
         assert warning in (out / name).read_text(), name

@@ -70,7 +70,8 @@ def find_leakage(
     for name, model in models.items():
         leakage.found.extend(same_data(name, trained[name], datasets))
         unknown = [source.name for source in sources_of(provenance_of(model)) if not RECORDED.fullmatch(source.name)]
-        unread = {row.name for row in trained[name] if row.digest not in readable.keys() - too_large}
+        seen = (readable.keys() - too_large) | {data.manifest.digest()[:8] for data in datasets}
+        unread = {row.name for row in trained[name] if row.digest not in seen}
         if unknown:
             leakage.notes.append(f"{name}: leakage could not be checked for {', '.join(unknown)}")
         leakage.notes.extend(validated_on(name, provenance_of(model), datasets))

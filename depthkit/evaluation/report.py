@@ -135,6 +135,7 @@ def render_html(evaluation: Evaluation, pictures: dict[int, Picture], errors: Co
         models=evaluation.predictors,
         skipped=evaluation.skipped,
         warnings=evaluation.warnings,
+        notes=evaluation.notes,
         seconds=evaluation.seconds,
         pictures=[picture_context(picture, evaluation, errors) for picture in pictures.values()],
         error_bar=bar(errors),
