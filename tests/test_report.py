@@ -32,7 +32,7 @@ from depthkit.evaluation.report_tables import (
     number,
 )
 from depthkit.evaluation.results import Evaluation
-from depthkit.evaluation.settings import Alignment, Clip, Floor, ProtocolConfig
+from depthkit.evaluation.settings import Alignment, Clip, Floor, GroundTruth, ProtocolConfig
 from depthkit.types import Kind, Prediction
 
 PROTOCOL = ProtocolConfig(name="disparity", max_depth=80, alignment=Alignment.disparity_least_squares)
@@ -144,6 +144,24 @@ def test_warnings_stand_at_the_top(evaluation: Evaluation, tmp_path: Path):
     page = Page(tmp_path / "report.html")
     assert "the order is <reversed>" in page.text
     assert page.html.index("the order is &lt;reversed&gt;") < page.html.index("Differences on the same images")
+
+
+def test_pairs_of_points_have_tables_and_no_maps(tmp_path: Path):
+    members = [scene(i, {"pairs": [[2, 3, 40, 30, 2], [44, 9, 3, 60, 1]]}) for i in range(3)]
+    protocol = ProtocolConfig(
+        name="pairs",
+        ground_truth=GroundTruth.pairs,
+        max_depth=None,
+        alignment=Alignment.none,
+        metrics=["pair_accuracy"],
+    )
+    write_report(evaluate(MODELS, [write_dataset(tmp_path / "data", members)], protocol), tmp_path, num_pictures=2)
+    page = Page(tmp_path / "report.html")
+    assert "which point of each annotated pair is closer" in page.text
+    assert page.data["images"]["scores"] == [[[1, 1, 1], [1, 1, 1]]]
+    assert page.data["clouds"] == []
+    assert not {'id="pictures"', 'id="depth"', 'id="slider"'} & set(re.findall(r'id="[^"]*"', page.html))
+    assert not (tmp_path / "grid.png").exists()
 
 
 def test_the_table_of_means_holds_every_data_set_model_and_metric(evaluation: Evaluation):

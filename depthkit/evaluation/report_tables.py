@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from depthkit.evaluation.results import Evaluation, arrow, best_model
-from depthkit.metrics import METRICS
+from depthkit.metrics import IS_LOWER_BETTER
 
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 MAX_ROWS = 20_000
@@ -24,8 +24,7 @@ def number(value: float) -> str:
 
 def metric_facts(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [
-        {"name": name, "arrow": arrow(name), "lower": METRICS[name].is_lower_better}
-        for name in evaluation.protocol.metrics
+        {"name": name, "arrow": arrow(name), "lower": IS_LOWER_BETTER[name]} for name in evaluation.protocol.metrics
     ]
 
 
@@ -111,7 +110,7 @@ def difference_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 def _difference_cell(evaluation: Evaluation, model: str, first: str, metric: str) -> dict[str, str]:
     difference = evaluation.difference(model, first, metric)
-    sign = 1 if METRICS[metric].is_lower_better else -1
+    sign = 1 if IS_LOWER_BETTER[metric] else -1
     low, high = sorted((sign * difference.low, sign * difference.high))
     return {
         "text": signed(difference.mean),
@@ -132,7 +131,7 @@ def depth_chart(
 
     `errors` holds for each model what `error_by_depth` gives, (2, bins), added up. None when nothing was counted.
     """
-    counts = next(iter(errors.values()))[1]
+    counts = next((counts for _, counts in errors.values()), np.zeros(0))
     filled = np.flatnonzero(counts)
     if not len(filled):
         return None
@@ -215,7 +214,7 @@ def image_table(evaluation: Evaluation, shown: Mapping[int, int]) -> dict[str, A
 
 def badness(evaluation: Evaluation) -> np.ndarray:
     """How bad the models are on each image by the first metric, (images,), larger = worse; -inf where undefined."""
-    sign = 1 if METRICS[evaluation.protocol.metrics[0]].is_lower_better else -1
+    sign = 1 if IS_LOWER_BETTER[evaluation.protocol.metrics[0]] else -1
     means = sign * evaluation.values[:, 0].mean(axis=0)
     return np.where(np.isfinite(means), means, -np.inf)
 
