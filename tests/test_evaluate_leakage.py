@@ -113,6 +113,14 @@ def test_the_folder_of_the_run_leads_to_the_training_images(bundle, tmp_path):
     )
 
 
+def test_a_set_that_is_evaluated_and_trained_on_is_named_once(bundle, tmp_path):
+    test = dataset(tmp_path / "test", range(3), "seen")
+    (sentence,) = leakage_of(trained(bundle, data={"labeled.x": row_of(test)}), test, test).found
+    assert "trained on seen/test itself" in sentence
+    (sentence,) = leakage_of(trained(bundle), test, test).found
+    assert "3 of 3 images of seen/test look like images of seen/test" in sentence, "given for a model without a record"
+
+
 def test_what_cannot_be_checked_is_said(bundle, tmp_path):
     test = dataset(tmp_path / "test", range(3), "seen")
     (note,) = leakage_of(trained(bundle), test).notes

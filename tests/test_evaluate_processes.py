@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_evaluate import CRUDE, PERFECT, PROTOCOL, sample, write_dataset
 
 from depthkit.evaluation.evaluate import collect, evaluate, prepare, score_share
@@ -80,6 +81,20 @@ def test_few_images_are_held_at_a_time(scoring):
     next(outcomes)
     assert read < 20
     assert len(list(outcomes)) == 349
+
+
+def test_an_image_is_scored_by_one_thread(scoring, monkeypatch):
+    """Sums that are split over several are other sums; the network keeps the threads that it had."""
+    before, seen = torch.get_num_threads(), []
+    original = Scoring.score
+    monkeypatch.setattr(Scoring, "score", lambda *args: seen.append(torch.get_num_threads()) or original(*args))
+    torch.set_num_threads(3)
+    try:
+        outcomes_of(scoring, 1)
+        assert seen == [1] * 7
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_failing_model_ends_the_evaluation_of_all_threads(tmp_path):

@@ -6,7 +6,7 @@ finds copies under other names, sizes and qualities.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,9 +80,10 @@ def find_leakage(
                 f"{name}: leakage was checked by name and digest alone, not by image, for {', '.join(sorted(unread))}; "
                 "training=MANIFEST,... has their images compared as well"
             )
-    used = {row.digest for rows in trained.values() for row in rows} | {d.manifest.digest()[:8] for d in given.values()}
+    recorded = {row.digest for rows in trained.values() for row in rows}
+    used = recorded | {data.manifest.digest()[:8] for data in given.values()}
     compared = [data for digest, data in readable.items() if digest in used - too_large]
-    leakage.found.extend(same_pictures(compared, datasets, num_workers))
+    leakage.found.extend(same_pictures(compared, datasets, num_workers, known=recorded))
     return leakage
 
 
@@ -134,9 +135,12 @@ def manifests_of_run(model: Path) -> Iterator[str]:
 
 
 def same_pictures(
-    training: Sequence[EvaluationSet], datasets: Sequence[EvaluationSet], num_workers: int
+    training: Sequence[EvaluationSet], datasets: Sequence[EvaluationSet], num_workers: int, known: Container[str] = ()
 ) -> Iterator[str]:
-    """A sentence for each pair of data sets that share pictures, or nearly the same ones."""
+    """A sentence for each pair of data sets that share pictures, or nearly the same ones.
+
+    Not for a data set and itself if its digest is among `known`, those for which `same_data` says so.
+    """
     if not training:
         return
     sets = [*training, *datasets]
@@ -145,10 +149,10 @@ def same_pictures(
     pairs: dict[tuple[int, int], list[Match]] = {}
     for match in find_duplicates(pictures).leaks:
         pairs.setdefault((match.first[0], match.second[0]), []).append(match)
-    digests = [data.manifest.digest() for data in sets]
+    digests = [data.manifest.digest()[:8] for data in sets]
     for (ours, theirs), matches in pairs.items():
-        if digests[ours] == digests[theirs]:
-            continue  # `same_data` says so
+        if digests[ours] == digests[theirs] and digests[ours] in known:
+            continue
         examples = [
             f"{key_of(sets[theirs], pictures[theirs], match.second[1])} looks like "
             f"{key_of(sets[ours], pictures[ours], match.first[1])} ({match.distance} of {BITS} bits differ)"
