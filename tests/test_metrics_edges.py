@@ -92,6 +92,17 @@ def test_a_boundary_of_nan_or_nothing_is_not_found():
     assert score("boundary_recall", [[1.0, float("nan")], [1.0, 2.0]], target) == pytest.approx(0.125)
 
 
+def test_a_pixel_of_nan_is_no_boundary():
+    """Truth and prediction have a step down and a step up; the NaN beside them is not taken for a third."""
+    f1 = score("boundary_f1", [[1.0, 2.0, 1.0, float("nan")]], [[1.0, 2.0, 1.0, 1.0]])
+    assert f1 == pytest.approx(0.5)
+
+
+def test_a_step_of_exactly_a_ratio_does_not_exceed_it():
+    steps = [[1.0, 1.05]], [[1.05, 1.0]]
+    assert [score("boundary_f1", step, step) for step in steps] == [0, 0]
+
+
 @pytest.mark.parametrize("name", ["boundary_f1", "boundary_recall"])
 def test_scale_does_not_matter(scene, name):
     prediction, target, valid_mask = tensors(scene)
@@ -115,6 +126,12 @@ def test_edge_error_by_hand():
     hidden = everywhere.clone()
     hidden[..., 7] = False
     assert edge(prediction, target, hidden).item() == pytest.approx(0.6 / 5)
+
+
+def test_edges_are_steps_of_more_than_15_percent():
+    assert np.isnan(score("edge_abs_rel", [[2.0, 2.0]], [[1.0, 1.14]]))
+    assert score("edge_abs_rel", [[2.0, 2.32]], [[1.0, 1.16]]) == pytest.approx(1)
+    assert score("edge_abs_rel", [[2.32, 2.0]], [[1.16, 1.0]]) == pytest.approx(1)
 
 
 def test_edge_error_is_nan_where_nothing_jumps():

@@ -347,3 +347,16 @@ def test_rank_correlation_of_a_large_image_is_that_of_pixels_all_over_it():
     assert rank_correlation(1 / depth, depth, mask).item() == pytest.approx(1)
     assert abs(rank_correlation(half, depth, mask).item()) < 0.3
     assert torch.equal(rank_correlation(half, depth, mask), rank_correlation(half, depth, mask))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0, 0.0])
+@pytest.mark.parametrize("marked", [True, False])
+def test_no_depth_is_0_and_not_evaluated_whatever_the_mask_says(value, marked):
+    depth, mask = torch.full((1, 4, 5), 2.0), torch.ones(1, 4, 5, dtype=torch.bool)
+    depth[0, 1, 2], mask[0, 1, 2] = value, marked
+    for protocol in (RELATIVE, replace(METRIC, max_depth=None, clip=Clip.none)):
+        found, is_evaluated = evaluated_pixels(depth, mask, protocol)
+        assert found[0, 1, 2] == 0
+        assert not is_evaluated[0, 1, 2]
+        assert is_evaluated.sum() == 19
+        assert found[is_evaluated].unique().tolist() == [1.0 if protocol.unit is DepthUnit.image_maximum else 2.0]
