@@ -123,25 +123,38 @@ def test_processes_know_their_place(monkeypatch):
     assert Process(2, 8, 2).device("cpu") == "cpu"
 
 
-def run(*command: str, folder: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+def start(*command: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=variables, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def srun(rank: int, world_size: int) -> dict[str, str]:
+    """What srun says to a task of a step on this machine."""
+    said = {"STEP_NUM_TASKS": world_size, "PROCID": rank, "LOCALID": rank, "JOB_ID": os.getpid(), "STEP_ID": 0}
+    return {f"SLURM_{name}": str(value) for name, value in said.items()} | {"SLURM_STEP_NODELIST": "localhost"}
 
 
 @pytest.mark.slow
-def test_devices_and_torchrun_write_what_one_process_writes(tiny_world, tiny_teacher, tmp_path):
+def test_devices_torchrun_and_srun_write_what_one_process_writes(tiny_world, tiny_teacher, tmp_path):
     manifests = ",".join(str(tiny_world / name / "manifest.json") for name in ("source_val", "source_train"))
     settings = [f"model={tiny_teacher}", f"dataset={manifests}", "num_pictures=1", "device=cpu"]
     depthkit = ["-m", "depthkit", "evaluate", *settings]
-    run(sys.executable, *depthkit, "out=one", folder=tmp_path)
-    run(sys.executable, *depthkit, "out=two", "devices=2", folder=tmp_path)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    run(sys.executable, *torchrun, *depthkit, "out=three", folder=tmp_path)
-    stored = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two", "three")}
-    assert stored["one"]["num_images"] == 32
-    for name in ("two", "three"):
+    finish(start(sys.executable, *depthkit, "out=one", folder=tmp_path))
+    finish(start(sys.executable, *depthkit, "out=two", "devices=2", folder=tmp_path))
+    finish(start(sys.executable, *torchrun, *depthkit, "out=three", folder=tmp_path))
+    tasks = [start(sys.executable, *depthkit, "out=four", folder=tmp_path, **srun(rank, 2)) for rank in range(2)]
+    printed = [finish(task) for task in tasks]
+    assert ["report: " in text for text in printed] == [True, False], "the first process alone writes and prints"
+    whole = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert whole["num_images"] == 32
+    for name in ("two", "three", "four"):
         assert (tmp_path / name / "per_image.csv").read_bytes() == (tmp_path / "one" / "per_image.csv").read_bytes()
-        assert stored[name] | {"seconds": 0} == stored["one"] | {"seconds": 0}
-        assert not [path for path in (tmp_path / name).iterdir() if path.name.startswith(".")
-                    and path.name != ".hydra"]  # fmt: skip
+        assert json.loads((tmp_path / name / "results.json").read_text()) | {"seconds": 0} == whole | {"seconds": 0}

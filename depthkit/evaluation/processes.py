@@ -66,9 +66,11 @@ def joined(process: Process) -> Iterator[Callable[[Share], list[Share]]]:
 
 
 def _meeting_point() -> str:
+    """As torchrun says; under srun the first node of the step, at a port that follows from the number of the step."""
     if "MASTER_ADDR" in os.environ:
         return "env://"
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-    slurm = SLURMEnvironment(auto_requeue=False)
-    return f"tcp://{slurm.main_address}:{slurm.main_port}"
+    step = int(os.environ["SLURM_JOB_ID"]) * 10 + int(os.environ["SLURM_STEP_ID"])
+    node = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"])
+    return f"tcp://{node}:{15000 + step % 10000}"
