@@ -230,6 +230,15 @@ def test_pictures_hold_the_extremes_and_do_not_repeat(evaluation: Evaluation):
     assert sum(map(len, choose_images(evaluation, 100).values())) == 12
 
 
+def test_pictures_come_from_every_data_set(evaluation: Evaluation):
+    """One data set has 7 images, the other 5; without extremes each gives two of four."""
+    undefined = [
+        replace(image, scores={model: {**scores, "abs_rel": math.nan} for model, scores in image.scores.items()})
+        for image in evaluation.images
+    ]
+    assert choose_images(replace(evaluation, images=undefined), 4)["evenly spread"] == [0, 6, 7, 11]
+
+
 # --- error over depth ------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,8 @@ def test_wheel_holds_what_a_checkout_holds(wheel):
         prefix = "depthkit/" if folder in ("conf", "data_manifests") else ""
         for path in (ROOT / folder).rglob(pattern):
             assert f"{prefix}{path.relative_to(ROOT)}" in names
-    assert {"depthkit/slurm/train.sbatch", "depthkit/evaluation/report.html.j2"} <= names
+    report = {f"depthkit/evaluation/report{part}" for part in (".html.j2", ".css", "_viewer.js")}
+    assert {"depthkit/slurm/train.sbatch", *report} <= names
     assert not [name for name in names if name.startswith(("tests", "conf/")) or "__pycache__" in name]
 
 

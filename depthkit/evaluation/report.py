@@ -1,5 +1,6 @@
 """The report of an evaluation: one HTML file that needs nothing beside it, and its pictures as `grid.png`."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def write_report(evaluation: Evaluation, out: Path, num_pictures: int) -> None:
 
 
 def choose_images(evaluation: Evaluation, count: int) -> dict[str, list[int]]:
-    """Reason -> places in `evaluation.images`: a quarter each for the worst and the best, the rest evenly spread.
+    """Reason -> places in `evaluation.images`: a quarter each for the worst and the best, the rest evenly spread over
+    each data set, the data sets taking turns.
 
     By the mean over the models of the first metric; an image on which it is not defined is neither worst nor best.
     """
@@ -68,8 +70,14 @@ def choose_images(evaluation: Evaluation, count: int) -> dict[str, list[int]]:
     best, worst = ranked[:num_extreme], ranked[len(ranked) - num_extreme :][::-1]
     extremes = {*best, *worst}
     others = [place for place in range(len(values)) if place not in extremes]
-    spread = np.linspace(0, len(others) - 1, min(count - 2 * num_extreme, len(others))).round().astype(int)
-    return {"worst": worst, "best": best, "evenly spread": [others[place] for place in spread]}
+    sets: dict[str, list[int]] = {}
+    for place in others:
+        sets.setdefault(evaluation.images[place].dataset.name, []).append(place)
+    turns = sorted((turn, name) for name, places in sets.items() for turn in range(len(places)))
+    shares = Counter(name for _, name in turns[: count - 2 * num_extreme])
+    picks = {name: np.linspace(0, len(sets[name]) - 1, share).round().astype(int) for name, share in shares.items()}
+    spread = sorted(sets[name][pick] for name, picked in picks.items() for pick in picked)
+    return {"worst": worst, "best": best, "evenly spread": spread}
 
 
 def shared_error_limit(pictures: Sequence[Picture]) -> float:
