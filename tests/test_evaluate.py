@@ -14,7 +14,7 @@ import pytest
 
 from depthkit.data.manifest import Manifest, Shard, TargetSpec, save_manifest
 from depthkit.data.writer import ShardWriter
-from depthkit.evaluation.evaluate import as_lists, evaluate, short_names
+from depthkit.evaluation.evaluate import as_lists, doubts, evaluate, short_names
 from depthkit.evaluation.outputs import results, save
 from depthkit.evaluation.protocols import protocol_id
 from depthkit.evaluation.results import Evaluation
@@ -196,6 +196,25 @@ def test_models_of_the_wrong_kind_are_refused(tmp_path: Path):
         evaluate({"perfect": PERFECT}, [manifest], depth_protocol)
     metric = Stub(lambda depth: depth, kind="depth", unit="metres")
     assert evaluate({"metric": metric}, [manifest], depth_protocol).means("metric")["abs_rel"] < 1e-4
+
+
+def test_a_prediction_of_the_wrong_kind_is_warned_of_with_the_evidence(tmp_path: Path):
+    manifest = write_dataset(tmp_path, [sample(n) for n in range(3)])
+    swapped = Stub(lambda depth: depth)
+    found = evaluate({"perfect": PERFECT, "swapped": swapped}, [manifest], PROTOCOL)
+    (warning,) = found.warnings
+    assert warning.startswith("swapped is said to predict disparity, but its order is reversed: median rank corr")
+    assert "-1.00; is it depth passed as disparity?" in warning
+    assert results(found)["warnings"] == [warning]
+
+
+def test_seeds_of_one_recipe_are_not_taken_for_recipes(evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch):
+    recorded = {name: {"steps": 6, "seed": seed, "run_name": name} for seed, name in enumerate(["perfect", "crude"])}
+    by_model = {id(model): recorded[name] for name, model in evaluation.predictors.items()}
+    monkeypatch.setattr("depthkit.evaluation.evaluate.provenance_of", lambda model: by_model[id(model)])
+    assert any(text.startswith("perfect, crude are one recipe with several seeds") for text in doubts(evaluation))
+    recorded["crude"]["steps"] = 7
+    assert not any("seeds" in text for text in doubts(evaluation))
 
 
 def test_two_data_sets_of_one_name_are_refused(tmp_path: Path):
