@@ -130,6 +130,29 @@ def test_what_cannot_be_checked_is_said(bundle, tmp_path):
     assert provenance_of(Stub(lambda depth: depth)) == {}
 
 
+def test_training_images_that_cannot_be_read_are_counted(bundle, tmp_path):
+    training, test = dataset(tmp_path / "train", range(5), "photos"), dataset(tmp_path / "test", range(4, 8), "other")
+    settings = {"data": {"labeled": {"x": {"manifest": str(training)}}}}
+    (bundle.parent / "config.yaml").write_text(json.dumps(settings))
+    model = trained(bundle, data={"labeled.x": row_of(training)})
+    tar = training.parent / "test-000000.tar"
+    whole = tar.read_bytes()
+    for change in (lambda: tar.write_bytes(whole[:-512]), tar.unlink):
+        change()
+        leakage = leakage_of(model, test)
+        assert leakage.found == []
+        assert leakage.notes[0].startswith("leakage could not be checked for 5 of the 5 images of photos/test")
+    training.write_text("{}")
+    (note,) = leakage_of(model, test).notes
+    assert "not by image, for photos/test" in note
+
+
+def test_a_set_with_labels_of_another_licence_is_named_once(bundle, tmp_path):
+    test = dataset(tmp_path / "test", range(3), "seen")
+    row = row_of(test) | {"labels_licence": "Apache-2.0"}
+    assert len(leakage_of(trained(bundle, data={"labeled.x": row}), test).found) == 1
+
+
 def test_validation_data_of_a_model_are_said_to_be_that(bundle, tmp_path):
     test = dataset(tmp_path / "test", range(3), "seen")
     model = trained(bundle, data={"labeled.x": row_of(test) | {"name": "x", "digest": "0" * 64}},
