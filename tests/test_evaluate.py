@@ -199,7 +199,8 @@ def test_models_of_the_wrong_kind_are_refused(tmp_path: Path):
 
 
 def test_a_prediction_of_the_wrong_kind_is_warned_of_with_the_evidence(tmp_path: Path):
-    manifest = write_dataset(tmp_path, [sample(n) for n in range(3)])
+    flat = sample(3) | {"depth.npy": npy(np.full(SIZE, 2.0, np.float32))}  # without an order, which hides no other
+    manifest = write_dataset(tmp_path, [*(sample(n) for n in range(3)), flat])
     swapped = Stub(lambda depth: depth)
     found = evaluate({"perfect": PERFECT, "swapped": swapped}, [manifest], PROTOCOL)
     (warning,) = found.warnings

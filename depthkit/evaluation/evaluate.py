@@ -161,7 +161,8 @@ def total_depth_errors(outcomes: Iterable[Outcome]) -> dict[str, np.ndarray]:
 def doubts(evaluation: Evaluation) -> Iterator[str]:
     """What the numbers themselves give reason to warn of."""
     for name, model in evaluation.predictors.items():
-        order = float(np.median([image.order[name] for image in evaluation.images]))
+        orders = [image.order[name] for image in evaluation.images if not np.isnan(image.order[name])]
+        order = float(np.median(orders or [0.0]))
         if order < 0:
             yield (
                 f"{name} is said to predict {model.kind}, but its order is reversed: median rank correlation with the "
