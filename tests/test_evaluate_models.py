@@ -9,11 +9,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from test_evaluate import PERFECT, PROTOCOL, SIZE, Stub, npy, sample, write_dataset
+from test_evaluate import PROTOCOL, SIZE, Stub, npy, sample, write_dataset
 
 from depthkit.evaluation.evaluate import evaluate, main, prepare
 from depthkit.evaluation.models import load_models, split_options
-from depthkit.evaluation.settings import Alignment, ProtocolConfig
+from depthkit.evaluation.settings import Alignment
 
 METRES = replace(PROTOCOL, name="metres", alignment=Alignment.none)
 
@@ -151,6 +151,16 @@ def test_what_is_wrong_with_predictions_is_named(manifest, maps, tmp_path):
     (folder / "image_0.npy").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"image_0\.npy: "):
         evaluate(load(folder), [manifest], PROTOCOL)
+    record = {"model_sha256": "", "values": "image_0.npy", "kind": "disparity"}  # as depthkit predict leaves one
+    (folder / "image_0.json").write_text(json.dumps(record))
+    for content in (b"", b"broken"):
+        (folder / "image_0.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=r"image_0\.npy: "):
+            evaluate(load(folder), [manifest], PROTOCOL)
+    (folder / "image_0.json").write_text(json.dumps({"model_sha256": "", "values": "image_0.npy"}))
+    with pytest.raises(ValueError, match=r"image_0\.json says None"):
+        evaluate(load(folder), [manifest], PROTOCOL)
+    (folder / "image_0.json").unlink()
     store(folder, maps | {"image_0": maps["image_0"] * np.nan}, npy, "npy")
     with pytest.raises(ValueError, match="image_0 is not finite"):
         evaluate(load(folder), [manifest], PROTOCOL)
@@ -256,64 +266,3 @@ def test_every_format_of_a_model_side_by_side(tmp_path, monkeypatch):
     assert list(means) == ["student", "exported", "weights.pth", "small.onnx", "disk"]
     for name in means:
         assert means[name] == pytest.approx(means["student"], rel=1e-2), name
-
-
-# --- pairs -----------------------------------------------------------------------------------------------------------
-
-
-def compose_protocol(compose, name: str) -> ProtocolConfig:
-    settings = ["models=[x]", "datasets=[x]", f"protocol={name}", "protocol.datasets=null"]
-    return compose(*settings, config_name="evaluate").protocol
-
-
-def with_pairs(n: int, pairs: list[list[float]]) -> dict[str, bytes]:
-    return {"png": sample(n)["png"], "json": json.dumps({"pairs": pairs}).encode()}
-
-
-def ordered_pairs(n: int, count: int, wrong: int) -> list[list[int]]:
-    """`count` pairs of pixels that differ in depth, the first `wrong` of them annotated the wrong way round."""
-    depth, rng, pairs = depth_of(sample(n)), np.random.default_rng(n), []
-    while len(pairs) < count:
-        row, col, other_row, other_col = rng.integers(0, SIZE * 2).tolist()
-        if depth[row, col] != depth[other_row, other_col]:
-            is_second = bool(depth[row, col] > depth[other_row, other_col]) ^ (len(pairs) < wrong)
-            pairs.append([row, col, other_row, other_col, 1 + is_second])
-    return pairs
-
-
-def test_pairs_are_counted_over_all_images(tmp_path, compose):
-    protocol = compose_protocol(compose, "da2k")
-    samples = [with_pairs(0, ordered_pairs(0, 4, wrong=1)), with_pairs(1, ordered_pairs(1, 12, wrong=0))]
-    manifest = write_dataset(tmp_path / "da2k", samples, target=None)
-    metric = Stub(lambda depth: depth, kind="depth", unit="metres")
-    found = evaluate({"perfect": PERFECT, "metric": metric}, [manifest], protocol)
-    assert [image.scores["perfect"]["pair_accuracy"] for image in found.images] == [0.75, 1.0]
-    assert found.means("perfect") == found.means("metric") == {"pair_accuracy": pytest.approx(15 / 16)}
-    rates = evaluate({"perfect": PERFECT}, [manifest], compose_protocol(compose, "whdr"))
-    assert rates.means("perfect") == {"whdr": pytest.approx(1 / 16)}
-
-
-def test_broken_pairs_are_named(tmp_path, compose):
-    height, width = SIZE
-    samples = [
-        with_pairs(0, ordered_pairs(0, 3, wrong=0)),
-        {"png": sample(1)["png"]},
-        with_pairs(2, [[0, 0, height, 0, 1]]),
-        with_pairs(3, [[0, 0, 1, 1, 0]]),
-        with_pairs(4, [[0, 0, 1]]),
-    ]
-    manifest = write_dataset(tmp_path / "da2k", samples, target=None)
-    found = evaluate({"perfect": PERFECT}, [manifest], compose_protocol(compose, "da2k"))
-    assert [image.num_pixels for image in found.images] == [3]
-    reasons = {rejection.key: rejection.reason for rejection in found.skipped}
-    assert "hold no pairs" in reasons["image_1"]
-    assert f"lies outside its image of {height}x{width}" in reasons["image_2"]
-    assert "closer 1 or 2" in reasons["image_3"]
-    assert "closer 1 or 2" in reasons["image_4"]
-
-
-def test_a_stored_prediction_of_another_size_is_resized_to_the_annotated_image(tmp_path, compose):
-    manifest = write_dataset(tmp_path / "data", [with_pairs(0, ordered_pairs(0, 30, wrong=0))], target=None)
-    doubled = {"image_0": np.kron(1 / depth_of(sample(0)), np.ones((2, 2)))}
-    folder = stored(store(tmp_path / "p", doubled, npy, "npy"), kind="disparity")
-    assert evaluate(load(folder), [manifest], compose_protocol(compose, "da2k")).means("stored") == {"pair_accuracy": 1}

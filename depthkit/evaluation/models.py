@@ -21,7 +21,6 @@ from omegaconf import OmegaConf
 
 from depthkit.data.codecs import CODECS
 from depthkit.data.manifest import Codec, parse
-from depthkit.data.quarantine import SampleError
 from depthkit.evaluation.ground_truth import EvaluationSet
 from depthkit.evaluation.settings import Alignment, GroundTruth, ProtocolConfig
 from depthkit.inference.depth_files import read_record, read_values
@@ -106,15 +105,17 @@ class StoredPredictions:
         if path is None:
             raise ValueError(f"{self.folder_of(dataset)} holds no prediction for {key}")
         record = read_record(path.with_suffix(".json"))
-        if record and record["kind"] != self.kind:
-            raise ValueError(f"{path.with_suffix('.json')} says {record['kind']}, {FACTS} says {self.kind}")
+        if record and record.get("kind") != self.kind:
+            raise ValueError(f"{path.with_suffix('.json')} says {record.get('kind')}, {FACTS} says {self.kind}")
         try:
             if record:
                 values = read_values(path, record)
             else:
                 values = CODECS[CODEC_OF[path.suffix[1:]]](path.read_bytes()).astype(np.float32) / self.facts.scale
             return Prediction(values=values.reshape(values.shape[:2]), kind=self.kind, unit=self.unit)
-        except SampleError as error:
+        except KeyError as error:
+            raise ValueError(f"{path.with_suffix('.json')}: {error} is missing; predict again") from error
+        except (ValueError, OSError, EOFError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def check(self, datasets: Sequence[EvaluationSet], protocol: ProtocolConfig) -> None:

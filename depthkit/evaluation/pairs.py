@@ -10,7 +10,7 @@ from depthkit.data.decode import decode_image, read_facts
 from depthkit.data.quarantine import SampleError
 from depthkit.data.shards import image_member
 from depthkit.evaluation.protocols import INTERPOLATION
-from depthkit.evaluation.settings import ProtocolConfig
+from depthkit.evaluation.settings import Aggregation, ProtocolConfig
 from depthkit.metrics_pairs import pair_accuracy, whdr
 from depthkit.types import Prediction
 
@@ -36,11 +36,12 @@ def read_pairs(members: dict[str, bytes]) -> PairCase:
     if not stored:
         raise SampleError("its facts hold no pairs: KEY.json needs `pairs`")
     try:
-        numbers = np.array([[*row, 1.0][:6] for row in stored], np.float64)
+        numbers = np.array([row if len(row) == 6 else [*row, 1.0] for row in stored], np.float64)
     except (TypeError, ValueError):
         numbers = np.empty(0)
-    if numbers.ndim != 2 or numbers.shape[1] != 6 or not np.isin(numbers[:, 4], (1, 2)).all():
-        wanted = "[row 1, column 1, row 2, column 2, closer], with closer 1 or 2, and perhaps a weight"
+    is_table = numbers.ndim == 2 and numbers.shape[1] == 6 and np.isfinite(numbers).all()
+    if not is_table or not np.isin(numbers[:, 4], (1, 2)).all() or (numbers[:, 5] < 0).any():
+        wanted = "[row 1, column 1, row 2, column 2, closer], with closer 1 or 2, and perhaps a weight >= 0"
         raise SampleError(f"the sample's fact 'pairs' is {str(stored)[:80]}, not a list of {wanted}")
     pairs = numbers[:, :4].astype(np.int64)
     height, width = image.shape[:2]
@@ -50,8 +51,20 @@ def read_pairs(members: dict[str, bytes]) -> PairCase:
     return PairCase(image, pairs, numbers[:, 4].astype(np.int64) - 1, numbers[:, 5].astype(np.float32))
 
 
+def count_pairs(case: PairCase, protocol: ProtocolConfig) -> int:
+    """How many pairs the image has; ValueError where their weights cannot enter a number over all pairs."""
+    is_pooled = protocol.aggregation is Aggregation.pixels and "whdr" in protocol.metrics
+    if is_pooled and (case.weights != 1).any():
+        raise ValueError(
+            f"{protocol.name} counts the pairs of all images alike, and these pairs have weights: "
+            "protocol.aggregation=images takes them into account"
+        )
+    return len(case.pairs)
+
+
 def score_pairs(case: PairCase, prediction: Prediction, protocol: ProtocolConfig) -> tuple[dict[str, float], float]:
-    """The protocol's metrics of one image, and Kendall's rank correlation of its pairs, 2 * accuracy - 1.
+    """The protocol's metrics of one image, and Kendall's rank correlation over its pairs: the share that is ordered
+    rightly minus the share that is ordered wrongly; a tie is neither.
 
     A prediction of another size than the image is resized to it.
     """
@@ -62,4 +75,4 @@ def score_pairs(case: PairCase, prediction: Prediction, protocol: ProtocolConfig
     pairs, closer, weights = map(torch.from_numpy, case[1:])
     accuracy = pair_accuracy(nearness, pairs, closer).item()
     scores = {"pair_accuracy": accuracy, "whdr": whdr(nearness, pairs, closer, weights).item()}
-    return {name: scores[name] for name in protocol.metrics}, 2 * accuracy - 1
+    return {name: scores[name] for name in protocol.metrics}, accuracy - pair_accuracy(-nearness, pairs, closer).item()

@@ -15,7 +15,7 @@ from depthkit.data.quarantine import SampleError
 from depthkit.evaluation.depth_errors import depth_edges, error_by_depth
 from depthkit.evaluation.ground_truth import Case, EvaluationSet, check_enough_pixels, compare_case, cut, metrics_of
 from depthkit.evaluation.models import Model, StoredPredictions
-from depthkit.evaluation.pairs import PairCase, read_pairs, score_pairs
+from depthkit.evaluation.pairs import PairCase, count_pairs, read_pairs, score_pairs
 from depthkit.evaluation.protocols import rank_correlation
 from depthkit.evaluation.settings import GroundTruth, ProtocolConfig
 from depthkit.inference.depth_files import ahead
@@ -212,7 +212,7 @@ TRUTHS = {
     GroundTruth.depth: Truth(lambda data, place: data.read(place.shard, place.sample), check_enough_pixels, score_map),
     GroundTruth.pairs: Truth(
         lambda data, place: read_pairs(data.members(place.shard, place.sample)),
-        lambda case, protocol: len(case.pairs),
+        count_pairs,
         lambda case, prediction, protocol: Scored(*score_pairs(case, prediction, protocol)),
     ),
 }
