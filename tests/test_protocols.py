@@ -182,6 +182,7 @@ def test_the_id_is_the_same_for_what_computes_the_same():
     assert name == "disparity"
     assert len(digest) == 8
     assert protocol_id(replace(DISPARITY, max_depth=80.0, metrics=["rmse"])) == protocol_id(DISPARITY)
+    assert protocol_id(replace(DISPARITY, max_jump=1)) == protocol_id(replace(DISPARITY, max_jump=1.0))
     assert protocol_id(replace(DISPARITY, name="mine")) == f"mine@{digest}"
 
 

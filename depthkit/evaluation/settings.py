@@ -132,6 +132,7 @@ class ProtocolConfig:
         # An integer would be the same protocol with another id.
         self.min_depth = float(self.min_depth)
         self.max_depth = None if self.max_depth is None else float(self.max_depth)
+        self.max_jump = None if self.max_jump is None else float(self.max_jump)
         check(self.min_depth >= 0, "protocol.min_depth", self.min_depth, ">= 0")
         limits = f"> min_depth={self.min_depth}, or null"
         check(self.max_depth is None or self.max_depth > self.min_depth, "protocol.max_depth", self.max_depth, limits)
