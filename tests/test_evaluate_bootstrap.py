@@ -138,6 +138,7 @@ def test_one_image_says_nothing_of_others():
     found = evaluation_of({"a": np.array([1.0])})
     assert found.means("a") == {"abs_rel": 1.0}
     assert np.isnan(found.interval("a", "abs_rel")).all()
+    assert r"a & 1.0000 \\" in latex_table(found)
 
 
 def test_many_images_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch):

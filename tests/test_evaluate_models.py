@@ -88,6 +88,13 @@ def test_scale_and_kind_are_as_stated(manifest, tmp_path):
         evaluate(load(stored(folder, kind="depth", unit="relative", scale=1000)), [manifest], METRES)
 
 
+@pytest.mark.parametrize("scale", [1, 1e6])
+def test_the_unit_of_relative_depth_changes_nothing(manifest, tmp_path, scale):
+    maps = {f"image_{n}": depth_of(sample(n)) for n in range(2)}
+    folder = stored(store(tmp_path / "p", maps, npy, "npy"), kind="depth", unit="relative", scale=scale)
+    assert evaluate(load(folder), [manifest], PROTOCOL).means("stored")["abs_rel"] < 1e-5
+
+
 def test_predictions_of_another_size_follow_the_resize_rule(manifest, maps, tmp_path):
     doubled = {key: np.kron(values, np.ones((2, 2))) for key, values in maps.items()}
     folder = stored(store(tmp_path / "p", doubled, npy, "npy"), kind="disparity")

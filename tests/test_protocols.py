@@ -217,6 +217,8 @@ def test_what_excludes_each_other_names_both():
         replace(DISPARITY, max_depth=None)
     with pytest.raises(ValueError, match=r"protocol.metrics=\['boundary_f1'\]: must be among .* aggregation=pixels"):
         replace(DISPARITY, metrics=["boundary_f1"], aggregation=Aggregation.pixels)
+    with pytest.raises(ValueError, match=r"protocol.clip='before_alignment': must be another with unit=image_maximum"):
+        replace(DISPARITY, unit=DepthUnit.image_maximum, max_depth=1, clip=Clip.before_alignment)
 
 
 @pytest.mark.parametrize("protocol", [replace(DEPTH, alignment=a) for a in Alignment if a not in IN_DISPARITY])

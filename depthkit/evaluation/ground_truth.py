@@ -124,8 +124,14 @@ def metrics_of(comparison: Comparison, protocol: ProtocolConfig) -> dict[str, fl
 
 
 def compare_case(case: Case, prediction: Prediction, protocol: ProtocolConfig) -> Comparison:
-    """`protocols.compare` for one image, (1, H, W) each."""
-    maps = (_tensor(prediction.values), _tensor(case.depth), _tensor(case.valid_mask))
+    """`protocols.compare` for one image, (1, H, W) each.
+
+    Depth of unknown unit is divided by its median first: `protocols.SMALLEST_DEPTH` is in metres.
+    """
+    values = prediction.values
+    if prediction.kind == "depth" and prediction.unit == "relative" and (median := np.median(values)) > 0:
+        values = values / median
+    maps = (_tensor(values), _tensor(case.depth), _tensor(case.valid_mask))
     return compare(*maps, protocol, prediction.kind)
 
 

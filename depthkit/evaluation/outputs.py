@@ -196,7 +196,7 @@ def latex_table(evaluation: Evaluation) -> str:
             means = evaluation.means(model, dataset)
             cells = [
                 (rf"\textbf{{{means[m]:.4f}}}" if best[m] == model else f"{means[m]:.4f}")
-                + rf" {{\scriptsize [{', '.join(f'{end:.4f}' for end in evaluation.interval(model, m, dataset))}]}}"
+                + _tex_interval(*evaluation.interval(model, m, dataset))
                 for m in metrics
             ]
             lines.append(rf"{_tex(model)} & {' & '.join(cells)} \\")
@@ -204,6 +204,10 @@ def latex_table(evaluation: Evaluation) -> str:
     caption += "".join(f" Warning: {warning.rstrip('.')}." for warning in evaluation.warnings)
     lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_tex(caption)}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
+
+
+def _tex_interval(low: float, high: float) -> str:
+    return "" if math.isnan(low) else rf" {{\scriptsize [{low:.4f}, {high:.4f}]}}"
 
 
 def _over(evaluation: Evaluation) -> str:

@@ -167,6 +167,8 @@ class ProtocolConfig:
             check(cap_is_share, "protocol.max_depth", self.max_depth, "at most 1 with unit=image_maximum")
             allowed = "one that fits a scale with unit=image_maximum"
             check(self.alignment is not Alignment.none, "protocol.alignment", alignment, allowed)
+            allowed = "another with unit=image_maximum, of which a prediction knows nothing before it is aligned"
+            check(self.clip is not Clip.before_alignment, "protocol.clip", self.clip.value, allowed)
         allowed = f"cap with alignment={alignment}, which inverts no disparity"
         check(fits_disparity or self.floor is Floor.cap, "protocol.floor", self.floor.value, allowed)
         has_floor = self.max_depth is not None or self.floor is not Floor.cap
