@@ -113,6 +113,28 @@ def test_the_folder_of_the_run_leads_to_the_training_images(bundle, tmp_path):
     )
 
 
+def test_the_run_of_the_initial_encoder_leads_to_its_images_too(bundle, tmp_path):
+    images = dataset(tmp_path / "train", range(5), "photos")
+    encoder = tmp_path / "pretrained" / "bundle"
+    encoder.mkdir(parents=True)
+    (encoder.parent / "config.yaml").write_text(json.dumps({"data": {"unlabeled": {"x": {"manifest": str(images)}}}}))
+    (bundle.parent / "config.yaml").write_text(json.dumps({"stage": {"encoder_weights": str(encoder)}}))
+    assert list(manifests_of_run(bundle)) == [str(images)]
+
+
+def test_many_images_are_compared_only_when_asked_for(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("depthkit.evaluation.leakage.MAX_HASHED", 4)
+    training, test = dataset(tmp_path / "train", range(5), "photos"), dataset(tmp_path / "test", range(4, 8), "other")
+    (bundle.parent / "config.yaml").write_text(json.dumps({"data": {"labeled": {"x": {"manifest": str(training)}}}}))
+    model = trained(bundle, data={"labeled.x": row_of(training)})
+    unasked = leakage_of(model, test)
+    assert unasked.found == []
+    assert "not by image, for photos/test" in unasked.notes[0]
+    asked = leakage_of(model, test, training)
+    assert asked.notes == []
+    assert "1 of 4 images of other/test" in asked.found[0]
+
+
 def test_a_set_that_is_evaluated_and_trained_on_is_named_once(bundle, tmp_path):
     test = dataset(tmp_path / "test", range(3), "seen")
     (sentence,) = leakage_of(trained(bundle, data={"labeled.x": row_of(test)}), test, test).found

@@ -264,3 +264,20 @@ def test_depth_passed_as_disparity_shows_in_the_sign_of_the_rank_correlation():
     assert rank_correlation(noisy, depth, mask, "depth").item() > 0.9
     assert rank_correlation(1 / noisy, depth, mask).item() > 0.9
     assert rank_correlation(1 / noisy, depth, mask, "depth").item() < -0.9
+
+
+def test_invalid_pixels_of_depth_0_do_not_count_where_the_range_begins_at_0():
+    depth = torch.tensor([[[0.0, 1.0, 2.0]]])
+    protocol = ProtocolConfig(name="from_0", min_depth=0, max_depth=2, alignment=Alignment.none)
+    assert evaluated_pixels(depth, torch.ones_like(depth, dtype=torch.bool), protocol)[1].tolist() == [
+        [[False, True, True]]
+    ]
+
+
+def test_of_an_odd_number_of_spare_columns_the_larger_part_is_right():
+    """KITTI's 1241 columns, of which `int((1241 - 1216) / 2)` = 12 are cut off on the left."""
+    numbers = np.arange(5, dtype=np.float32)[None].repeat(3, 0)
+    case = Case(numbers[..., None].repeat(3, 2).astype(np.uint8), numbers, numbers >= 0)
+    protocol = ProtocolConfig(name="window", window=[2, 2], max_depth=80, alignment=Alignment.none)
+    assert cut(case, protocol).depth.tolist() == [[1, 2], [1, 2]]
+    assert cut(case, protocol).image[0, :, 0].tolist() == [1, 2]
