@@ -36,3 +36,8 @@ def test_a_protocol_is_told_in_words():
 def test_every_choice_is_told(changed: dict[str, Any], said: str):
     assert said not in describe(PROTOCOL)
     assert said in describe(replace(PROTOCOL, **changed))
+
+
+def test_a_crop_in_pixels_is_told_in_pixels():
+    assert "rows 45 to 471, columns 41 to 601" in describe(replace(PROTOCOL, crop=[45, 471, 41, 601]))
+    assert "rows 25 % to 100 %, columns 0 % to 50 %" in describe(replace(PROTOCOL, crop=[0.25, 1, 0, 0.5]))

@@ -274,3 +274,22 @@ def test_a_prediction_of_another_size_is_resized_to_the_ground_truth(tmp_path: P
     doubled = Stub(lambda depth: np.kron(2 / depth + 1, np.ones((2, 2))))
     evaluation = evaluate({"perfect": PERFECT, "doubled": doubled}, [manifest], PROTOCOL)
     assert evaluation.means("doubled") == pytest.approx(evaluation.means("perfect"), abs=1e-5)
+
+
+def test_a_shard_that_is_gone_is_named_before_anything_is_scored(tmp_path: Path):
+    manifest = write_dataset(tmp_path, [sample(0)])
+    (tmp_path / "test-000000.tar").unlink()
+    with pytest.raises(ValueError, match=r"world/test: 1 of 1 shards are not there: .*test-000000\.tar"):
+        evaluate({"perfect": PERFECT}, [manifest], PROTOCOL)
+
+
+def test_a_folder_is_no_manifest(tmp_path: Path):
+    write_dataset(tmp_path, [sample(0)])
+    with pytest.raises(ValueError, match=rf"is a folder; give the manifest in it, {tmp_path}/manifest\.json"):
+        evaluate({"perfect": PERFECT}, [str(tmp_path)], PROTOCOL)
+
+
+def test_one_value_everywhere_is_warned_of(tmp_path: Path):
+    flat = Stub(lambda depth: np.ones_like(depth))
+    evaluation = evaluate({"flat": flat}, [write_dataset(tmp_path, [sample(0), sample(1)])], PROTOCOL)
+    assert any("flat has no order of depth on any image" in warning for warning in evaluation.warnings)

@@ -273,3 +273,11 @@ def test_every_format_of_a_model_side_by_side(tmp_path, monkeypatch):
     assert list(means) == ["student", "exported", "weights.pth", "small.onnx", "disk"]
     for name in means:
         assert means[name] == pytest.approx(means["student"], rel=1e-2), name
+
+
+def test_a_folder_that_does_not_say_what_it_holds(tmp_path: Path):
+    np.save(tmp_path / "image_0.npy", np.ones((2, 2)))
+    with pytest.raises(
+        ValueError, match=rf"a folder of predictions\? Say what they are, in {tmp_path}/predictions\.json"
+    ):
+        load_models({"mine": str(tmp_path)}, "cpu")

@@ -17,7 +17,7 @@ UNCAPPED = {DepthUnit.metres: 100.0, DepthUnit.image_maximum: 1.0}
 
 def depth_edges(protocol: ProtocolConfig) -> Tensor:
     """The borders of the bins of true depth, (NUM_BINS + 1,) float64: equal ratios up to the protocol's cap."""
-    high = protocol.max_depth or UNCAPPED[protocol.unit]
+    high = protocol.max_depth or max(UNCAPPED[protocol.unit], 2 * protocol.min_depth)
     low = max(protocol.min_depth, high / 10**DECADES)
     return torch.logspace(log10(low), log10(high), NUM_BINS + 1, dtype=torch.float64)
 

@@ -51,14 +51,15 @@ def _of_maps(protocol: ProtocolConfig) -> list[str]:
     sentences = ["Predictions are compared as they are: nothing is fitted to the ground truth."]
     if protocol.alignment in FITTED:
         sentences = [f"Each prediction is fitted to the ground truth of its image with {FITTED[protocol.alignment]}."]
-    if protocol.alignment in IN_DISPARITY and protocol.floor in FLOORS and limits:
+    if protocol.alignment in IN_DISPARITY and protocol.floor in FLOORS:
         sentences.append(f"Fitted disparity below {FLOORS[protocol.floor]} is raised to that.")
     if protocol.clip in CLIPPED and limits:
         sentences.append(f"Predicted depth is clipped to {limits}{CLIPPED[protocol.clip]}.")
     pixels = f"Pixels count where the true depth is {f'within {limits}' if limits else 'known'}"
     if protocol.crop is not None:
-        top, bottom, left, right = (f"{100 * share:.4g}" for share in protocol.crop)
-        pixels += f", rows {top} % to {bottom} %, columns {left} % to {right} %"
+        in_pixels = max(protocol.crop) > 1
+        top, bottom, left, right = (f"{b:g}" if in_pixels else f"{100 * b:.4g} %" for b in protocol.crop)
+        pixels += f", rows {top} to {bottom}, columns {left} to {right}"
     if protocol.max_jump is not None:
         pixels += f", away from edges where depth changes by more than {100 * protocol.max_jump:g} %"
     return [*sentences, pixels + "."]

@@ -9,6 +9,7 @@ torchrun or srun, or with `devices=N`, processes share the images; the numbers a
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from depthkit.data.remote import is_remote
 from depthkit.data.workers import worker_pool
 from depthkit.evaluation.ground_truth import EvaluationSet
 from depthkit.evaluation.leakage import Leakage, find_leakage
@@ -80,9 +82,16 @@ def usable_datasets(
     """The data sets that the protocol can use, and an entry without shard and key for each one that it cannot."""
     usable: list[EvaluationSet] = []
     refused: list[Rejection] = []
-    for dataset in map(EvaluationSet, manifests):
+    for manifest in manifests:
+        if not is_remote(manifest) and Path(manifest).is_dir():
+            raise ValueError(f"dataset={manifest} is a folder; give the manifest in it, {manifest}/manifest.json")
+        dataset = EvaluationSet(manifest)
         if dataset.name in {other.name for other in usable}:
             raise ValueError(f"two of the manifests are called {dataset.name}: {', '.join(map(str, manifests))}")
+        if missing := dataset.missing_shards():
+            some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            count = f"{len(missing)} of {len(dataset.manifest.shards)} shards"
+            raise ValueError(f"{dataset.name}: {count} are not there: {some}; fetch them, or pack the data set again")
         reason = dataset.refusal(protocol)
         if reason is None:
             usable.append(dataset)
@@ -162,6 +171,8 @@ def doubts(evaluation: Evaluation) -> Iterator[str]:
     """What the numbers themselves give reason to warn of."""
     for name, model in evaluation.predictors.items():
         orders = [image.order[name] for image in evaluation.images if not np.isnan(image.order[name])]
+        if not orders:
+            yield f"{name} has no order of depth on any image: does it predict one value everywhere?"
         order = float(np.median(orders or [0.0]))
         if order < 0:
             yield (
@@ -224,6 +235,8 @@ def run(config: EvaluateConfig) -> None:
         raise ValueError(f"devices={config.devices}: torchrun or srun already started {process.world_size} processes")
     scoring, refused = prepare_process(config, process)
     leakage = check_leakage(config, scoring)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
     with joined(process) as gather:
         shares = gather(score_in_processes(config, scoring, process))
     if process.rank > 0:
@@ -232,7 +245,6 @@ def run(config: EvaluateConfig) -> None:
     evaluation = collect(scoring, outcomes, refused, seconds=time.monotonic() - start)
     evaluation.warnings[:0] = [f"LEAKAGE: {sentence}" for sentence in leakage.found]
     evaluation.notes.extend(leakage.notes)
-    out = Path(config.out)
     save(evaluation, out)
     write_report(evaluation, out, config.num_pictures)
     show(evaluation, out)
@@ -266,8 +278,11 @@ def score_in_processes(config: EvaluateConfig, scoring: Scoring, process: Proces
         stack.callback(pool.shutdown, cancel_futures=True)
         others = [pool.submit(load_and_score, config, other) for other in processes[1:]]
         outcomes = score_share(scoring, processes[0], config.num_workers)
-        for other in others:
-            outcomes += other.result()
+        try:
+            for other in others:
+                outcomes += other.result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError("a process of the evaluation was killed; did it need too much memory?") from error
     return outcomes
 
 

@@ -62,6 +62,11 @@ class EvaluationSet:
             )
         return None
 
+    def missing_shards(self) -> list[str]:
+        """Local tars that are not there."""
+        locations = (self.reader.location(shard) for shard in range(len(self.manifest.shards)))
+        return [str(location) for location in locations if isinstance(location, Path) and not location.is_file()]
+
     def keys(self, shard: int) -> list[str]:
         with self._one_at_a_time:
             return self.reader.keys(shard)

@@ -127,7 +127,7 @@ class StoredPredictions:
             wanted = "averages over" if protocol.flip else "does not average over"
             raise ValueError(
                 f"protocol {protocol.name} {wanted} mirrored images, {FACTS} says flip={str(self.facts.flip).lower()}: "
-                "predict again, or change protocol.flip, which changes the id of the protocol"
+                f"predict again (and state flip in {FACTS}), or change protocol.flip, which changes the id"
             )
         is_metric = protocol.ground_truth is GroundTruth.depth and protocol.alignment is Alignment.none
         if is_metric and self.kind == "depth" and self.unit != "metres":
@@ -154,6 +154,11 @@ def load_models(models: Mapping[str, str], device: str) -> dict[str, Model]:
 def load_model(path: str, options: Mapping[str, Any], device: str) -> Model:
     if (Path(path) / FACTS).is_file() or "kind" in options:
         return StoredPredictions(Path(path), options)
+    is_model = any((Path(path) / name).exists() for name in ("model.json", "config.json"))
+    if not is_model and any(file.suffix[1:] in CODEC_OF for file in Path(path).rglob("*")):
+        raise ValueError(
+            f"model={path}: a folder of predictions? Say what they are, in {path}/{FACTS} or as {path}:kind=disparity"
+        )
     try:
         return load(path, device, **options)
     except TypeError as error:

@@ -115,7 +115,7 @@ class Scoring:
             whole = TRUTHS[self.protocol.ground_truth].read(dataset, place)
             case = cut(whole, self.protocol) if isinstance(whole, Case) else whole
             num_pixels = TRUTHS[self.protocol.ground_truth].count(case, self.protocol)
-        except SampleError as error:
+        except (SampleError, OSError) as error:
             return Reading(place=place, key=key, reason=str(error))
         stored = {
             name: windowed(model.read(dataset.name, key), whole, self.protocol)
@@ -169,7 +169,7 @@ class Scoring:
         dataset = self.datasets[place.dataset]
         try:
             key = dataset.keys(place.shard)[place.sample]
-        except SampleError:
+        except (SampleError, OSError):
             return ""
         if model.find(dataset.name, key) is not None or replace(self, models={}).read(place).reason:
             return ""
