@@ -165,7 +165,7 @@ def table(scored: Sequence[Scored]) -> str:
     ]
     for number, row in enumerate(ROWS):
         both = np.array([[image.base, image.rows[number]] for image in scored])
-        both = both[np.isfinite(both).all(1)]
+        both = both[~np.isnan(both).any(1)]
         if len(both):
             name = f"`@{protocol_id(row.protocol).split('@')[1]}`"
             lines.append(_line(row.title, name, len(both), *both.mean(0)))

@@ -281,3 +281,12 @@ def test_a_folder_that_does_not_say_what_it_holds(tmp_path: Path):
         ValueError, match=rf"a folder of predictions\? Say what they are, in {tmp_path}/predictions\.json"
     ):
         load_models({"mine": str(tmp_path)}, "cpu")
+
+
+def test_a_transposed_map_is_not_resized(tmp_path: Path):
+    manifest = write_dataset(tmp_path / "data", [sample(0)])
+    (tmp_path / "maps").mkdir()
+    np.save(tmp_path / "maps" / "image_0.npy", np.ones(SIZE[::-1], np.float32))
+    models = load_models({"mine": f"{tmp_path}/maps:kind=disparity"}, "cpu")
+    with pytest.raises(ValueError, match=r"model mine: image_0: a map of 32 rows and 24 columns .* is it transposed"):
+        evaluate(models, [manifest], PROTOCOL)

@@ -32,8 +32,8 @@ from depthkit.evaluation.settings import EvaluateConfig, ProtocolConfig, kind_re
 from depthkit.hydra_entry import hydra_main
 from depthkit.types import Kind, Rejection
 
-LISTS = {"model": "models", "dataset": "datasets", "training": "training"}
-"""What the command line calls a list of paths -> its setting."""
+LISTS = {name: name for name in ("models", "datasets", "training")} | {"model": "models", "dataset": "datasets"}
+"""What the command line may call a list of paths -> its setting."""
 
 OTHER_KIND: dict[Kind, Kind] = {"disparity": "depth", "depth": "disparity"}
 MADE_BY_CHANCE = ("seed", "run_name", "metrics", "validation")

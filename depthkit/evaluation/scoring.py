@@ -117,11 +117,15 @@ class Scoring:
             num_pixels = TRUTHS[self.protocol.ground_truth].count(case, self.protocol)
         except (SampleError, OSError) as error:
             return Reading(place=place, key=key, reason=str(error))
-        stored = {
-            name: windowed(model.read(dataset.name, key), whole, self.protocol)
-            for name, model in self.models.items()
-            if isinstance(model, StoredPredictions)
-        }
+        stored = {}
+        for name, model in self.models.items():
+            if isinstance(model, StoredPredictions):
+                prediction = model.read(dataset.name, key)
+                try:
+                    check_not_transposed(prediction, whole)
+                    stored[name] = windowed(prediction, whole, self.protocol)
+                except ValueError as error:
+                    raise ValueError(f"model {name}: {key}: {error}") from error
         return Reading(place=place, key=key, case=case, num_pixels=num_pixels, predictions=stored)
 
     def predict(self, reading: Reading) -> Reading:
@@ -174,6 +178,13 @@ class Scoring:
         if model.find(dataset.name, key) is not None or replace(self, models={}).read(place).reason:
             return ""
         return str(model.folder_of(dataset.name) / key)
+
+
+def check_not_transposed(prediction: Prediction, whole: Case | PairCase) -> None:
+    """ValueError for a stored map of width x height. Any other size is resized, and may be out of proportion."""
+    height, width = whole.image.shape[:2]
+    if height != width and prediction.values.shape == (width, height):
+        raise ValueError(f"a map of {width} rows and {height} columns for an image of {height} rows: is it transposed?")
 
 
 def windowed(prediction: Prediction, whole: Case | PairCase, protocol: ProtocolConfig) -> Prediction:
