@@ -110,3 +110,11 @@ def test_what_cannot_be_adopted_is_named_and_nothing_is_left(
     assert message in capsys.readouterr().err
     assert not list((tmp_path / "data").rglob("manifest.json"))
     assert not list((tmp_path / "data").rglob("*.tmp"))
+
+
+def test_a_name_for_what_brings_its_own_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pack([str(folder), "--out", str(tmp_path / "data"), "--name", "photos"]) == 2
+    assert "--name photos: only for tars" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()

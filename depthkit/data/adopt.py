@@ -38,14 +38,13 @@ def name_of_tars(tars: str) -> str:
     return safe(found[0].removesuffix(".tar"))
 
 
-def adopt(tars: str, out: Path, *, name: str = "", split: str = "train", num_workers: int = 1) -> Manifest:
-    """Write `OUT/NAME/manifest.json` for existing tars of images, a path or URL with braces for many.
+def adopt(tars: str, folder: Path, *, split: str = "train", num_workers: int = 1) -> Manifest:
+    """Write `manifest.json` of the data set `folder` for existing tars of images, a path or URL with braces for many.
 
     Every tar is read once and none is kept. What was read is noted in `.pack/`, so that a run which was killed is
     started again and reads the rest. SampleError when a tar is damaged, ConfigError when it cannot be reached.
     """
     locations = [tar if is_remote(tar) else str(Path(tar).absolute()) for tar in braceexpand(tars)]
-    folder = out / (name or name_of_tars(tars))
     described = describe_tars(locations, folder / ".pack", num_workers=num_workers)
     console = Console(stderr=True)
     shards = {shard.path: shard for shard in track(described, "reading tars", total=len(locations), console=console)}

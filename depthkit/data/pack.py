@@ -64,6 +64,8 @@ def main(argv: list[str]) -> int:
     try:
         if any(map(are_tars, args.inputs)):
             return _adopt(args)
+        if args.name:
+            raise ValueError(f"--name {args.name}: only for tars that stay where they are; others bring their names")
         sets = list(find_sets(args.inputs, _label_fields(args)))
         splits = _splits(sets, val=args.val_sources, test=args.test_sources)
         records = pack(sets, splits, args.out, samples_per_shard=args.samples_per_shard, num_workers=args.workers)
@@ -84,7 +86,7 @@ def _adopt(args: argparse.Namespace) -> int:
     splits = {set_name: split for split in ("val", "test") for set_name in getattr(args, f"{split}_sources")}
     if splits.keys() - {name}:
         raise ValueError(f"{', '.join(splits)}: the only data set here is {name}")
-    manifest = adopt(tars, args.out, name=name, split=splits.get(name, "train"), num_workers=args.workers)
+    manifest = adopt(tars, args.out / name, split=splits.get(name, "train"), num_workers=args.workers)
     print(f"{args.out / name / 'manifest.json'}: {len(manifest.shards)} tars of {manifest.num_samples} samples")
     return 0
 
