@@ -171,6 +171,14 @@ def load_encoder_weights(encoder: Encoder, folder: Path) -> None:
     load_strict(encoder, state, folder)
 
 
+def load_depth_model_weights(model: DepthModel, folder: Path) -> None:
+    """Fill `model` from the bundle of a depth model, of whatever kind: the heads have the same weights."""
+    facts = read_facts(folder)
+    if facts.content != "depth_model":
+        raise BundleError(f"{folder} holds an encoder alone: no decoder to start from; set stage.decoder_weights=false")
+    load_strict(model, read_weights(folder, facts), folder)
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()

@@ -37,7 +37,7 @@ def validate(config: TrainConfig, pending: Collection[str] = ()) -> None:
     check_model(config)
     check_sizes(config)
     check_steps(config)
-    kind: Kind | None = None if isinstance(config.stage, PretrainConfig) else "disparity"
+    kind = config.stage.target_kind
     for group, datasets in (("labeled", config.data.labeled), ("unlabeled", config.data.unlabeled)):
         for name, dataset in datasets.items():
             check_dataset(f"data.{group}.{name}", dataset, None if dataset.labels in pending else kind)
@@ -148,7 +148,7 @@ def check_validation(config: TrainConfig) -> None:
 
 
 def check_protocol(config: TrainConfig) -> None:
-    """The protocol can judge disparity, by image, as validation meets it: whole images, seen once."""
+    """The protocol can judge what the stage learns, by image, as validation meets it: whole images, seen once."""
     protocol = config.protocol
     if not config.data.val:
         return
@@ -156,7 +156,7 @@ def check_protocol(config: TrainConfig) -> None:
     for name, usual in plain.items():
         allowed = f"{usual!r} in training; `depthkit evaluate` knows the others"
         check(getattr(protocol, name) == usual, f"protocol.{name}", getattr(protocol, name), allowed)
-    if reason := kind_refusal(protocol, "disparity"):
+    if reason := kind_refusal(protocol, config.stage.target_kind or "disparity"):
         raise ConfigError(reason)
     if protocol.datasets is None:
         return
@@ -171,9 +171,12 @@ def check_model(config: TrainConfig) -> None:
     """The stage can train the model."""
     from depthkit.models import PlainEncoder
 
-    is_relative = config.model.max_depth is None
-    allowed = f"null for stage={config.stage.name}: it trains disparity"
-    check(is_relative, "model.max_depth", config.model.max_depth, allowed)
+    learns_depth = config.stage.target_kind == "depth"
+    allowed = "metres, the largest depth that it predicts" if learns_depth else "null: it does not learn depth"
+    has_range = config.model.max_depth is not None
+    check(
+        has_range == learns_depth, "model.max_depth", config.model.max_depth, f"{allowed} (stage={config.stage.name})"
+    )
     if isinstance(config.stage, PretrainConfig):
         is_plain = isinstance(describe_encoder(config.model), PlainEncoder)
         allowed = "a vision transformer with class token and learned positions for stage=pretrain: it hides patches"

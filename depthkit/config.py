@@ -8,7 +8,7 @@ say together. All of it happens before any data is opened.
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from omegaconf import MISSING
 
@@ -153,14 +153,15 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW with two groups and a linear schedule in optimizer steps."""
+    """AdamW with two groups and a schedule in optimizer steps."""
 
     encoder_lr: float = 5e-6
     decoder_lr_multiplier: float = 10.0  # decoder rate = encoder rate x this
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     warmup_steps: int = 0
-    final_lr_fraction: float = 0.0  # rate at the last step relative to the peak; linear in between
+    final_lr_fraction: float = 0.0  # rate at the last step relative to the peak
+    schedule_power: float = 1.0  # of the way between the two: 1 is linear, 0.9 the "poly" of DPT's successors
     ema_decay: float | None = None  # per step, of an average of the weights; its half-life is ln 2 / (1 - decay) steps
 
     def __post_init__(self) -> None:
@@ -169,6 +170,7 @@ class OptimConfig:
         check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
         check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, ">= 0")
         check(0 <= self.final_lr_fraction <= 1, "optim.final_lr_fraction", self.final_lr_fraction, "0 to 1")
+        check(self.schedule_power > 0, "optim.schedule_power", self.schedule_power, "> 0")
         decay = self.ema_decay
         check(decay is None or 0 < decay < 1, "optim.ema_decay", decay, "> 0 and < 1, or null for no average")
 
@@ -185,6 +187,8 @@ class DepthLoss(Enum):
 
 @dataclass(kw_only=True)
 class StageConfig:
+    target_kind: ClassVar[Literal["disparity", "depth"] | None] = "disparity"  # what it learns; None: no labels
+
     name: str = MISSING
     encoder_weights: str | None = None  # "timm" (downloads), a bundle folder, or null: random
 
@@ -192,6 +196,8 @@ class StageConfig:
 @dataclass(kw_only=True)
 class PretrainConfig(StageConfig):
     """Masked image modelling of the encoder alone, without labels, for encoders that no published weights exist for."""
+
+    target_kind = None
 
     name: str = "pretrain"
     mask_ratio: float = 0.6  # share of patches hidden
@@ -209,6 +215,21 @@ class TeacherConfig(StageConfig):
     def __post_init__(self) -> None:
         weight = self.gradient_matching_weight
         check(weight >= 0, "stage.gradient_matching_weight", weight, ">= 0")
+
+
+@dataclass(kw_only=True)
+class MetricConfig(StageConfig):
+    target_kind = "depth"
+
+    name: str = "metric"
+    decoder_weights: bool = False  # start from the decoder of the bundle `encoder_weights` too; False: a fresh one
+    variance_focus: float = 0.5  # of the SILog loss
+
+    def __post_init__(self) -> None:
+        check(0 <= self.variance_focus <= 1, "stage.variance_focus", self.variance_focus, "0 to 1")
+        from_bundle = self.encoder_weights not in (None, "timm")
+        allowed = "false, or stage.encoder_weights the bundle of a depth model"
+        check(not self.decoder_weights or from_bundle, "stage.decoder_weights", self.decoder_weights, allowed)
 
 
 @dataclass(kw_only=True)

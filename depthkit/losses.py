@@ -1,6 +1,7 @@
 """The losses: one function each, `(prediction, target, valid_mask) -> (B,)`, one value per image; the caller averages.
 
-Shapes: B images, H/W pixels, h/w patches, C channels. Maps are (B, H, W) disparities, masks (B, H, W) bool.
+Shapes: B images, H/W pixels, h/w patches, C channels. Maps are (B, H, W) disparities, for
+`silog_loss` depths in metres; masks (B, H, W) bool.
 All compute in float32 whatever autocast says. Pixels outside the mask, NaN included, change neither value nor gradient;
 an empty mask gives 0 with zero gradient. NaN at a valid pixel gives NaN: a broken network must not look good.
 """
@@ -12,6 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from depthkit.alignment import fit_least_squares, masked_mean, normalize_median_mad, zero_invalid
+
+SMALLEST_DEPTH = 1e-3
+"""Metres; a predicted depth is raised to it before its logarithm is taken."""
 
 MapLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(prediction, target, valid_mask) -> (B,)`."""
@@ -58,6 +62,25 @@ def scale_shift_invariant_mse(prediction: Tensor, target: Tensor, valid_mask: Te
     residual = scale.abs()[:, None, None] * prediction - target
     residual = residual - masked_mean(residual, valid_mask)[:, None, None]
     return masked_mean(residual**2, valid_mask) / 2
+
+
+def silog_loss(prediction: Tensor, target: Tensor, valid_mask: Tensor, *, variance_focus: float = 0.5) -> Tensor:
+    """`sqrt(mean d^2 - variance_focus * (mean d)^2)`, d = ln target - ln prediction; maps are depths in metres.
+
+    At `variance_focus` 1 it does not see a wrong scale, at 0 it is the RMSE of the logarithm. A prediction is raised to
+    `SMALLEST_DEPTH` first. Sources: Eigen et al. 2014 (lambda 0.5, without the root), Depth Anything V2
+    metric_depth/util/loss.py (0.5).
+    """
+    ones = torch.ones_like(target, dtype=torch.float32)
+    target = torch.where(valid_mask, target.float(), ones)
+    prediction = torch.where(valid_mask, prediction.float().clamp(min=SMALLEST_DEPTH), ones)
+    difference = target.log() - prediction.log()
+    mean = masked_mean(difference, valid_mask)
+    # The variance is a mean of squares, not a difference of large numbers; its root has no gradient at 0.
+    variance = masked_mean((difference - mean[:, None, None]) ** 2, valid_mask)
+    square = variance + (1 - variance_focus) * mean**2
+    is_zero = square <= 0
+    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, square).sqrt())
 
 
 def gradient_matching_loss(prediction: Tensor, target: Tensor, valid_mask: Tensor, *, num_scales: int = 4) -> Tensor:

@@ -40,8 +40,9 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> AdamW:
     return optimizer
 
 
-def linear_schedule(optimizer: Optimizer, config: OptimConfig, *, num_steps: int) -> LambdaLR:
-    """Factor on every group's rate: `(step + 1) / warmup_steps` at first, then linear from 1 to `final_lr_fraction`.
+def decay_schedule(optimizer: Optimizer, config: OptimConfig, *, num_steps: int) -> LambdaLR:
+    """Factor on every group's rate: `(step + 1) / warmup_steps` at first, then from 1 to `final_lr_fraction` as
+    `(1 - progress) ** schedule_power`.
 
     The last of `num_steps` steps is the one before `final_lr_fraction` is reached, so that none is done at a rate of 0.
     """
@@ -50,6 +51,7 @@ def linear_schedule(optimizer: Optimizer, config: OptimConfig, *, num_steps: int
         if step < config.warmup_steps:
             return (step + 1) / config.warmup_steps
         progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-        return 1 - (1 - config.final_lr_fraction) * min(1.0, progress)
+        left = max(0.0, 1 - progress) ** config.schedule_power
+        return config.final_lr_fraction + (1 - config.final_lr_fraction) * left
 
     return LambdaLR(optimizer, factor)

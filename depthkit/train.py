@@ -6,9 +6,10 @@ from pathlib import Path
 
 import lightning as L
 
-from depthkit.bundle import BundleFacts, load_encoder_weights, read_facts, save_bundle
+from depthkit.bundle import BundleFacts, load_depth_model_weights, load_encoder_weights, read_facts, save_bundle
 from depthkit.checks import num_steps, size_multiple, validate
 from depthkit.config import (
+    MetricConfig,
     PretrainConfig,
     PseudoLabelConfig,
     StudentConfig,
@@ -28,6 +29,7 @@ from depthkit.runtime.deepspeed_strategy import end_together, whole_weights
 from depthkit.runtime.meter import val_metrics
 from depthkit.runtime.summary import finish
 from depthkit.stages.base import DepthModule, val_name
+from depthkit.stages.metric import MetricModule
 from depthkit.stages.pretrain import PretrainModule
 from depthkit.stages.student import StudentModule
 from depthkit.stages.teacher import TeacherModule
@@ -86,7 +88,7 @@ def build_data(config: TrainConfig) -> DepthDataModule:
         seed=config.seed,
         num_steps=config.trainer.max_steps * config.trainer.accumulate_grad_batches,
         multiple=size_multiple(config.model),
-        target_kind=None if isinstance(config.stage, PretrainConfig) else "disparity",
+        target_kind=config.stage.target_kind,
         limit_val=config.trainer.limit_val_batches,
         cache=ShardCache(config.paths),
     )
@@ -114,7 +116,21 @@ def build_student(config: TrainConfig) -> L.LightningModule:
     return StudentModule(model, frozen_encoder, config.stage, config.optim, config.protocol)
 
 
-STAGES = {PretrainConfig: build_pretrain, TeacherConfig: build_teacher, StudentConfig: build_student}
+def build_metric(config: TrainConfig) -> L.LightningModule:
+    assert isinstance(config.stage, MetricConfig)
+    model = build_initialised_model(config)
+    if config.stage.decoder_weights:
+        load_depth_model_weights(model, Path(str(config.stage.encoder_weights)))
+    assert config.model.max_depth is not None
+    return MetricModule(model, config.model.max_depth, config.stage, config.optim, config.protocol)
+
+
+STAGES = {
+    PretrainConfig: build_pretrain,
+    TeacherConfig: build_teacher,
+    StudentConfig: build_student,
+    MetricConfig: build_metric,
+}
 
 
 def build_initialised_model(config: TrainConfig) -> DepthModel:
@@ -133,7 +149,7 @@ def write_bundle(config: TrainConfig, module: L.LightningModule, metrics: dict[s
     facts = BundleFacts(
         content="encoder" if isinstance(module, PretrainModule) else "depth_model",
         model=config.model,
-        kind="disparity",
+        kind="disparity" if config.model.max_depth is None else "depth",
         short_side=min(config.data.crop_size),
         provenance=provenance(config, metrics) | {"num_parameters": num_parameters(result)},
     )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from depthkit.config import OptimConfig
-from depthkit.optim import build_optimizer, linear_schedule, parameter_groups
+from depthkit.optim import build_optimizer, decay_schedule, parameter_groups
 
 
 class Model(nn.Module):
@@ -25,7 +25,7 @@ def rates(config: OptimConfig, num_steps: int) -> list[list[float]]:
     """Rate of every group at every step, as a training loop would use them."""
     model = Model()
     optimizer = build_optimizer(parameter_groups(model, model.encoder, config), config)
-    schedule = linear_schedule(optimizer, config, num_steps=num_steps)
+    schedule = decay_schedule(optimizer, config, num_steps=num_steps)
     used = []
     for _ in range(num_steps):
         used.append([group["lr"] for group in optimizer.param_groups])
@@ -92,7 +92,7 @@ def test_rate_stays_at_its_end_value():
     config = OptimConfig(encoder_lr=1.0, final_lr_fraction=0.25)
     model = Model()
     optimizer = build_optimizer(parameter_groups(model, model.encoder, config), config)
-    schedule = linear_schedule(optimizer, config, num_steps=4)
+    schedule = decay_schedule(optimizer, config, num_steps=4)
     for _ in range(9):
         optimizer.step()
         schedule.step()

@@ -8,13 +8,14 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from depthkit.config import StageConfig
 from depthkit.data.windows import normalize
 from depthkit.evaluation.protocols import compare, protocol_id
 from depthkit.evaluation.report_pictures import UNIT_LABELS, encode, shrink
 from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.files import atomic_write
 from depthkit.runtime.meter import samples_seen
-from depthkit.types import Batch, Rejection
+from depthkit.types import Batch, Kind, Rejection
 from depthkit.visualize import panel
 
 
@@ -41,7 +42,9 @@ class ImagePanels(L.Callback):
         protocol = pl_module.protocol
         assert isinstance(protocol, ProtocolConfig)
         title = f"{protocol_id(protocol)}, step {trainer.global_step}"
-        rows = [draw(*pair, protocol, title) for pair in zip(self._batches, predictions, strict=True)]
+        assert isinstance(pl_module.stage, StageConfig)
+        kind = pl_module.stage.target_kind or "disparity"
+        rows = [draw(*pair, kind, protocol, title) for pair in zip(self._batches, predictions, strict=True)]
         picture = np.concatenate(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.folder / f"step-{trainer.global_step:08d}.png") as file:
@@ -66,9 +69,9 @@ def predict(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> T
     return values.float().cpu()
 
 
-def draw(batch: Batch, prediction: Tensor, protocol: ProtocolConfig, title: str) -> np.ndarray:
+def draw(batch: Batch, prediction: Tensor, kind: Kind, protocol: ProtocolConfig, title: str) -> np.ndarray:
     """One row of the picture, (H, W, 3) uint8; all rows are equally wide."""
-    comparison = compare(prediction, batch["target"], batch["valid_mask"], protocol)
+    comparison = compare(prediction, batch["target"], batch["valid_mask"], protocol, kind)
     aligned, target, valid_mask = (tensor[0].numpy() for tensor in comparison)
     aligned, _ = shrink(aligned, np.ones_like(valid_mask))
     target, valid_mask = shrink(target, valid_mask)
