@@ -37,7 +37,8 @@ class Sample:
 
     `image` is (H, W, 3) uint8 RGB, `target` (H, W) float32 of the stage's kind, `valid_mask` (H, W) bool, True =
     supervise this pixel. Invalid pixels hold 0 and False. Sky with a known label is disparity 0 and valid. `rejections`
-    lists the samples that were tried first at this position and found broken.
+    lists the samples that were tried first at this position and found broken. `intrinsics_px` (4,) float32 are fx, fy,
+    cx, cy in pixels of `image`, NaN where they are not known.
     """
 
     image: np.ndarray
@@ -47,6 +48,7 @@ class Sample:
     dataset: str
     shard: str = ""
     rejections: list[Rejection] = field(default_factory=list)
+    intrinsics_px: np.ndarray = field(default_factory=lambda: np.full(4, np.nan, np.float32))
 
 
 class Batch(TypedDict):
@@ -55,6 +57,7 @@ class Batch(TypedDict):
     image: Tensor  # (B, 3, H, W) uint8, then float32 with the encoder's mean and standard deviation
     target: Tensor  # (B, H, W) float32
     valid_mask: Tensor  # (B, H, W) bool
+    intrinsics_px: Tensor  # (B, 4) float32: fx, fy, cx, cy in pixels of `image`; NaN where they are not known
     key: list[str]
     dataset: list[str]
     shard: NotRequired[list[str]]  # path or URL of the tar that holds the sample

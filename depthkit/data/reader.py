@@ -5,11 +5,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from depthkit.config import ConfigError, DatasetConfig
 from depthkit.data.cache import ShardCache
+from depthkit.data.cameras import image_facts, image_intrinsics, window_intrinsics
 from depthkit.data.decode import decode_image, decode_target, image_size, read_facts, target_size
 from depthkit.data.manifest import Manifest, TargetSpec, load_manifest
 from depthkit.data.quarantine import SampleError
@@ -66,7 +68,7 @@ class DatasetReader:
         # The label first: it is where most samples are broken, and its decode is the cheaper one to have done in vain.
         target, valid_mask = self._target(raw, shard, index, size, window)
         image = crop_image(decode_image(data, reduce=jpeg_reduction(window)), window, size)
-        return self._sample(image, target, valid_mask, raw.key, shard)
+        return self._sample(raw, shard, size, window, image=image, target=target, valid_mask=valid_mask)
 
     def read_whole(self, shard: int, index: int, *, short_side: int, multiple: int) -> Sample:
         """The whole image at the size a model sees it, and the target at its own size, untouched."""
@@ -77,11 +79,16 @@ class DatasetReader:
         window = full_window(size, inference_size(size, short_side, multiple))
         target, valid_mask = self._target(raw, shard, index, size, None)
         image = crop_image(decode_image(data), window, size)
-        return self._sample(image, target, valid_mask, raw.key, shard)
+        return self._sample(raw, shard, size, window, image=image, target=target, valid_mask=valid_mask)
 
-    def _sample(self, image: np.ndarray, target: np.ndarray, valid_mask: np.ndarray, key: str, shard: int) -> Sample:
-        path = shown(self.images.location(shard))
-        return Sample(image=image, target=target, valid_mask=valid_mask, key=key, dataset=self.name, shard=path)
+    def _sample(self, raw: RawSample, shard: int, size: tuple[int, int], window: Window, **decoded: Any) -> Sample:
+        return Sample(
+            **decoded,
+            intrinsics_px=window_intrinsics(image_intrinsics(image_facts(raw.members), size), window),
+            key=raw.key,
+            dataset=self.name,
+            shard=shown(self.images.location(shard)),
+        )
 
     def rejection(self, shard: int, index: int, error: SampleError) -> Rejection:
         """What the quarantine list says of this sample. The key may be unknown when the shard itself is broken."""

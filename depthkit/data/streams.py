@@ -145,6 +145,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         image=torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2).contiguous(),
         target=torch.from_numpy(np.stack([sample.target for sample in samples])),
         valid_mask=torch.from_numpy(np.stack([sample.valid_mask for sample in samples])),
+        intrinsics_px=torch.from_numpy(np.stack([sample.intrinsics_px for sample in samples])),
         key=[sample.key for sample in samples],
         dataset=[sample.dataset for sample in samples],
         shard=[sample.shard for sample in samples],
