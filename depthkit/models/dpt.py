@@ -4,12 +4,24 @@ Shapes: B images, H/W pixels, D encoder width, s stride in pixels, f decoder wid
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 HEAD_WIDTH = 32
 """Channels before the last 1x1 convolution (Depth Anything dpt.py); a narrower decoder keeps its own width."""
+
+
+class DPTMaps(NamedTuple):
+    """What the decoder computes: its values (B, H, W), what its last layer reads (B, 32, H, W), the coarsest map before
+    fusion (B, f, h, w), and the four fused maps (B, f, h_i, w_i), coarse to fine.
+    """
+
+    values: Tensor
+    activation: Tensor
+    bottleneck: Tensor
+    fused: list[Tensor]
 
 
 class DPTDecoder(nn.Module):
@@ -53,17 +65,23 @@ class DPTDecoder(nn.Module):
             nn.init.ones_(self.head_out[2].bias)  # type: ignore[arg-type]
 
     def forward(self, taps: list[Tensor]) -> Tensor:
+        return self.maps(taps).values
+
+    def maps(self, taps: list[Tensor]) -> DPTMaps:
+        """What `forward` gives, and what it computes on the way."""
         h, w = taps[2].shape[-2:]
         levels = zip(taps, self.projects, self.resizes, self.to_features, strict=True)
         maps = [to_features(resize(project(tap))) for tap, project, resize, to_features in levels]
-        fused = self.fusions[3](maps[3], None, maps[2].shape[-2:])
-        fused = self.fusions[2](fused, maps[2], maps[1].shape[-2:])
-        fused = self.fusions[1](fused, maps[1], maps[0].shape[-2:])
-        fused = self.fusions[0](fused, maps[0], (2 * maps[0].shape[-2], 2 * maps[0].shape[-1]))
+        fused = [self.fusions[3](maps[3], None, maps[2].shape[-2:])]
+        fused.append(self.fusions[2](fused[-1], maps[2], maps[1].shape[-2:]))
+        fused.append(self.fusions[1](fused[-1], maps[1], maps[0].shape[-2:]))
+        fused.append(self.fusions[0](fused[-1], maps[0], (2 * maps[0].shape[-2], 2 * maps[0].shape[-1])))
         size = (h * self.stride, w * self.stride)
-        full = F.interpolate(self.head_in(fused), size, mode="bilinear", align_corners=True)
-        values = self.head_out(full).squeeze(1)
-        return values if self.max_depth is None else self.max_depth * values
+        activation = F.interpolate(self.head_in(fused[-1]), size, mode="bilinear", align_corners=True)
+        activation = self.head_out[:2](activation)
+        values = self.head_out[2:](activation).squeeze(1)
+        values = values if self.max_depth is None else self.max_depth * values
+        return DPTMaps(values=values, activation=activation, bottleneck=maps[3], fused=fused)
 
 
 RESIZES: dict[float, Callable[[int], nn.Module]] = {
