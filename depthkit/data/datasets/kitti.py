@@ -1,4 +1,4 @@
-"""KITTI: the Eigen test frames with improved ground truth or with one laser sweep, and the stereo pairs of 2015.
+"""KITTI: the Eigen frames with improved ground truth or with one laser sweep, and the stereo pairs of 2015.
 
 Calibration files hold a line `NAME: NUMBERS` for each matrix. Camera 2 is the left colour camera.
 """
@@ -16,17 +16,22 @@ from depthkit.data.pairs import Pair, safe
 from depthkit.data.quarantine import SampleError
 from depthkit.data.sources import Source, file, npz
 
-EIGEN_LIST = "kitti_eigen_test_files_with_gt.txt"
+EIGEN_TEST, EIGEN_TRAIN = "kitti_eigen_test_files_with_gt.txt", "kitti_eigen_train_files_with_gt.txt"
+
+
+def find_eigen_train(root: Path) -> dict[str, Iterator[Pair]]:
+    """Those frames of Eigen's training drives that have improved ground truth (BTS, AdaBins, ZoeDepth)."""
+    return {"train": _with_ground_truth(root, EIGEN_TRAIN)}
 
 
 def find_eigen652(root: Path) -> dict[str, Iterator[Pair]]:
     """Those of the 697 frames that have improved ground truth, whose drives lie in train/ and val/."""
-    return {"test": (_pair(root, image, file(_ground_truth(root, label))) for image, label in _eigen(root) if label)}
+    return {"test": _with_ground_truth(root, EIGEN_TEST)}
 
 
 def find_eigen697(root: Path) -> dict[str, Iterator[Pair]]:
     """All 697 frames with their laser sweep."""
-    return {"test": (_pair(root, image, _sweep(root / image)) for image, _ in _eigen(root))}
+    return {"test": (_pair(root, image, _sweep(root / image)) for image, _ in _eigen(root, EIGEN_TEST))}
 
 
 def find_2015(root: Path) -> dict[str, Iterator[Pair]]:
@@ -92,13 +97,17 @@ def read_calibration(path: Path) -> dict[str, np.ndarray]:
     return values
 
 
-def _eigen(root: Path) -> Iterator[tuple[str, str | None]]:
-    """Image and improved ground truth of each line, the latter None for the 45 frames without."""
-    cure = f"it ships with github.com/LiheYoung/Depth-Anything as metric_depth/train_test_inputs/{EIGEN_LIST}"
-    for number, line in enumerate(required(root / EIGEN_LIST, cure).read_text().splitlines(), start=1):
+def _with_ground_truth(root: Path, name: str) -> Iterator[Pair]:
+    return (_pair(root, image, file(_ground_truth(root, label))) for image, label in _eigen(root, name) if label)
+
+
+def _eigen(root: Path, name: str) -> Iterator[tuple[str, str | None]]:
+    """Image and improved ground truth of each line of a list, the latter None for a frame without."""
+    cure = f"it ships with github.com/LiheYoung/Depth-Anything as metric_depth/train_test_inputs/{name}"
+    for number, line in enumerate(required(root / name, cure).read_text().splitlines(), start=1):
         columns = line.split()
         if len(columns) != 3 or len(Path(columns[0]).parts) != 5:
-            raise ValueError(f"{root / EIGEN_LIST}: line {number}: {line!r} is not 'IMAGE LABEL FOCAL'; {cure}")
+            raise ValueError(f"{root / name}: line {number}: {line!r} is not 'IMAGE LABEL FOCAL'; {cure}")
         yield columns[0], None if columns[1] == "None" else columns[1]
 
 
