@@ -89,6 +89,16 @@ def test_digest_depends_on_content_alone(path: Path) -> None:
     assert len({manifest.digest() for manifest in [MANIFEST, *others]}) == 4
 
 
+def test_runs_are_read_back_and_change_neither_digest_nor_the_file_of_a_set_without_video(path: Path) -> None:
+    assert "runs" not in path.read_text()
+    video = replace(MANIFEST, shards=(replace(MANIFEST.shards[0], runs=(2, 1)),))
+    assert video.digest() == MANIFEST.digest()
+    save_manifest(video, path)
+    assert load_manifest(path) == video
+    with pytest.raises(ValueError, match=r"runs: \(2, 2\) are not the 3 samples"):
+        replace(MANIFEST.shards[0], runs=(2, 2))
+
+
 def test_label_sets_of_before_the_settings_keep_their_digest(path: Path) -> None:
     origin = {"images": "rooms", "images_digest": "a", "teacher_sha256": "b", "code_version": "0.1.0"}
     origin |= {"resolution": "short side 518", "views": "mean over scales 1, 1.25"}

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from depthkit.data.index import scan_tar
-from depthkit.data.manifest import Manifest, Shard, save_manifest
+from depthkit.data.manifest import Manifest, Shard, parse, save_manifest
 from depthkit.data.pairs import safe
 from depthkit.data.remote import fetch, is_remote
 from depthkit.data.writer import describe_shard
@@ -87,7 +87,7 @@ def _known(record: Path) -> Iterator[Shard]:
         with suppress(ValueError, TypeError):  # the line that a killed process was writing
             known = json.loads(line)
             if known.pop("changed") == _changed(known["path"]):
-                yield Shard(**known)
+                yield parse(Shard, known, "")
 
 
 def _changed(location: str) -> int | None:

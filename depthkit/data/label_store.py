@@ -15,7 +15,7 @@ from pathlib import Path
 
 from depthkit.data.decode import decode_target, read_facts
 from depthkit.data.index import index_path, load_index
-from depthkit.data.manifest import Shard, TargetSpec
+from depthkit.data.manifest import Shard, TargetSpec, parse
 from depthkit.data.quarantine import SampleError
 from depthkit.data.shards import ShardReader, verify_shard
 from depthkit.data.writer import ShardWriter, describe_shard
@@ -119,7 +119,7 @@ def load_record(tar: Path) -> Record:
     """The record of a label shard; ValueError names what is wrong, FileNotFoundError when there is none."""
     try:
         content = json.loads(record_path(tar).read_text())
-        return Record(**{**content, "shard": Shard(**content["shard"])})
+        return Record(**{**content, "shard": parse(Shard, content["shard"], "shard")})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{record_path(tar)}: not the record of a label shard ({error}); run with stage.verify=true"

@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections import Counter
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -58,18 +58,24 @@ class TargetSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar: `path` relative to the manifest's folder or URL, or itself a URL, and what it holds."""
+    """One tar: `path` relative to the manifest's folder or URL, or itself a URL, and what it holds.
+
+    `runs` are the lengths of the runs of consecutive frames of one video, in the order of the tar; () without video.
+    """
 
     path: str
     num_samples: int
     num_bytes: int
     sha256: str
+    runs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise ValueError(f"shard {self.path}: num_samples: {self.num_samples!r} is not positive")
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             raise ValueError(f"shard {self.path}: sha256: {self.sha256!r} is not 64 lower-case hexadecimal digits")
+        if self.runs and (min(self.runs) < 1 or sum(self.runs) != self.num_samples):
+            raise ValueError(f"shard {self.path}: runs: {self.runs!r} are not the {self.num_samples} samples, cut up")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +143,11 @@ class Manifest:
     def digest(self) -> str:
         """sha256 of the content, whatever the layout of the file it was read from.
 
-        Fields that hold their default are left out, so that a field that is added later changes no digest.
+        Fields that hold their default are left out, so that a field that is added later changes no digest. So are
+        `runs`: they repeat what lies in the shards, and data sets that were packed before there were any stay the same.
         """
-        content = _without_defaults(parse(Manifest, asdict(self), ""))
+        shards = tuple(replace(shard, runs=()) for shard in self.shards)
+        content = _without_defaults(parse(Manifest, asdict(replace(self, shards=shards)), ""))
         return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -164,7 +172,11 @@ def save_manifest(manifest: Manifest, path: Path) -> None:
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     """Parsed once more, so that `scale=1000` and `scale=1000.0` are one text and nothing unreadable is written."""
-    return asdict(parse(Manifest, asdict(manifest), ""))
+    content: dict[str, Any] = asdict(parse(Manifest, asdict(manifest), ""))
+    for shard in content["shards"]:
+        if not shard["runs"]:
+            del shard["runs"]  # data sets without video keep the file that they always had
+    return content
 
 
 def _without_defaults(value: Any) -> Any:

@@ -5,8 +5,9 @@ A record (`.pack/NAME.json`) says that a tar is finished and what it was made fr
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import numpy as np
 
 from depthkit.data.decode import decode_image, decode_target, image_size, target_size
 from depthkit.data.index import index_path
-from depthkit.data.manifest import Shard, TargetSpec
-from depthkit.data.pairs import Pair
+from depthkit.data.manifest import Shard, TargetSpec, parse
+from depthkit.data.pairs import Pair, run_lengths
 from depthkit.data.quarantine import SampleError
 from depthkit.data.sources import Source
 from depthkit.data.writer import ShardWriter
@@ -68,9 +69,9 @@ def pack_shard(task: ShardTask) -> Record:
     digest = task.digest()
     earlier = _load_record(task.record)
     if earlier and earlier.digest == digest and not earlier.rejected and _is_whole(task.tar, earlier.shard):
-        return earlier
+        return replace(earlier, shard=_with_runs(earlier.shard, task.pairs))
     forget(task.folder, task.name)
-    rejected = []
+    rejected, packed = [], []
     with ExitStack() as stack:
         writer = None
         for pair in task.pairs:
@@ -83,10 +84,16 @@ def pack_shard(task: ShardTask) -> Record:
                 continue
             writer = writer or stack.enter_context(ShardWriter(task.tar))
             writer.add(pair.key, members)
-    record = Record(digest=digest, shard=writer.close() if writer else None, rejected=rejected)
+            packed.append(pair)
+    shard = _with_runs(writer.close() if writer else None, packed)
+    record = Record(digest=digest, shard=shard, rejected=rejected)
     with atomic_write(task.record) as file:
         file.write(json.dumps(asdict(record)).encode())
     return record
+
+
+def _with_runs(shard: Shard | None, pairs: Sequence[Pair]) -> Shard | None:
+    return shard and replace(shard, runs=run_lengths([pair.facts for pair in pairs]))
 
 
 def read_pair(pair: Pair, target: TargetSpec | None) -> dict[str, bytes]:
@@ -158,7 +165,7 @@ def _load_record(path: Path) -> Record | None:
     if not path.is_file():
         return None
     fields = json.loads(path.read_bytes())
-    return Record(**fields | {"shard": Shard(**fields["shard"]) if fields["shard"] else None})
+    return Record(**fields | {"shard": parse(Shard | None, fields["shard"], "shard")})
 
 
 def _is_whole(tar: Path, shard: Shard | None) -> bool:

@@ -3,15 +3,27 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from depthkit.data.manifest import TargetSpec
 from depthkit.data.sources import IMAGE_SUFFIXES, Source
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_KEY_LENGTH", "Pair", "PairSet", "PairStream", "safe", "safe_key", "safe_keys"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_KEY_LENGTH",
+    "Pair",
+    "PairSet",
+    "PairStream",
+    "in_order",
+    "run_lengths",
+    "safe",
+    "safe_key",
+    "safe_keys",
+]
 
 MAX_KEY_LENGTH = 60  # a tar header has room for 100 bytes, extension included
 
@@ -44,7 +56,7 @@ class PairStream:
 
 @dataclass(frozen=True, kw_only=True)
 class PairSet:
-    """The pairs of one data set, sorted by key where they are a tuple; `split` is None where the command line says it.
+    """The pairs of one data set, `in_order` where they are a tuple; `split` is None where the command line says it.
 
     `expected` is how many pairs a stream should have, if that is known: no more than a help to estimate the time left.
     The texts are those of `data_manifests`, or come from a `SOURCE.md` beside the images, if any.
@@ -79,3 +91,41 @@ def safe_keys(names: dict[str, str]) -> dict[str, str]:
         id_: key if counts[key] == 1 else f"{key}_{hashlib.sha256(id_.encode()).hexdigest()[:8]}"
         for id_, key in keys.items()
     }
+
+
+def in_order(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
+    """Sorted by key, but the frames of a sequence together, where its first key stands, and by their number."""
+    by_key = sorted(pairs, key=lambda pair: pair.key)
+    first: dict[str, str] = {}
+    for pair in by_key:
+        first.setdefault(_sequence(pair), pair.key)
+    return tuple(sorted(by_key, key=lambda pair: (first[_sequence(pair)], pair.facts.get("frame", 0))))
+
+
+def _sequence(pair: Pair) -> str:
+    """What a pair stays together with: `/` is in no key."""
+    return f"/{pair.facts['sequence']}" if {"sequence", "frame"} <= pair.facts.keys() else pair.key
+
+
+def run_lengths(facts: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """How long the runs of consecutive frames are, given the facts of samples in order; () where none follows another.
+
+    Consecutive are two samples of one `sequence` whose numbers `frame` differ by what is usual in it: a recording may
+    have been thinned out.
+    """
+
+    def distance(fact: Mapping[str, Any], later: Mapping[str, Any]) -> int:
+        both = fact.keys() & later.keys()
+        is_same = {"sequence", "frame"} <= both and fact["sequence"] == later["sequence"]
+        return later["frame"] - fact["frame"] if is_same else 0
+
+    steps = [(fact.get("sequence"), distance(fact, later)) for fact, later in pairwise(facts)]
+    counts = Counter(step for step in steps if step[1] > 0)
+    usual = {sequence: step for (sequence, step), _ in sorted(counts.items(), key=lambda item: (item[1], -item[0][1]))}
+    runs = [1]
+    for sequence, step in steps:
+        if step > 0 and step == usual[sequence]:
+            runs[-1] += 1
+        else:
+            runs.append(1)
+    return tuple(runs) if max(runs) > 1 else ()

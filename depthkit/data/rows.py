@@ -25,13 +25,13 @@ import csv
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from depthkit.data.codecs import CODECS
 from depthkit.data.manifest import Codec, TargetSpec
-from depthkit.data.pairs import Pair, PairSet, safe, safe_keys
+from depthkit.data.pairs import Pair, PairSet, in_order, safe, safe_keys
 from depthkit.data.quarantine import SampleError
 from depthkit.data.sources import Source, file, h5_array
 
@@ -174,9 +174,9 @@ def _row_set(name: str, rows: list[Row], root: Path) -> PairSet:
                 "labels that are read differently need different source names"
             )
     keys = safe_keys({id_: id_ for id_ in by_id})
-    pairs = sorted((_pair(keys[id_], row, root) for id_, row in by_id.items()), key=lambda pair: pair.key)
+    pairs = in_order(_pair(keys[id_], row, root) for id_, row in by_id.items())
     _check_scale(pairs, target, first)
-    return PairSet(name=name, target=target, pairs=tuple(pairs), **read_source(pairs[0].image.path.parent, root))
+    return PairSet(name=name, target=target, pairs=pairs, **read_source(pairs[0].image.path.parent, root))
 
 
 def _target(row: Row) -> TargetSpec | None:
@@ -204,7 +204,7 @@ def _target(row: Row) -> TargetSpec | None:
         raise ValueError(f"{row['where']}: {error}") from error
 
 
-def _check_scale(pairs: list[Pair], target: TargetSpec | None, first: Row) -> None:
+def _check_scale(pairs: Sequence[Pair], target: TargetSpec | None, first: Row) -> None:
     """ValueError where the labels hold integers and nobody said how many make one unit."""
     if target is None or "scale" in first or not target.metric:
         return

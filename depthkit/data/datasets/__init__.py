@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from depthkit.data.facts import load_facts
-from depthkit.data.pairs import Pair, PairSet, PairStream
+from depthkit.data.pairs import Pair, PairSet, PairStream, in_order
 
 Splits = Mapping[str, Iterable[Pair]]
 
@@ -26,10 +26,7 @@ def read_dataset(name: str, root: Path) -> list[PairSet]:
     find: Callable[[Path], Splits] = getattr(import_module(f"{__name__}.{module}"), function)
     if not root.is_dir():
         raise FileNotFoundError(f"root={root}: no such folder; {name} is expected as\n{facts.layout}")
-    splits = {
-        split: found if isinstance(found, PairStream) else tuple(sorted(found, key=lambda pair: pair.key))
-        for split, found in find(root).items()
-    }
+    splits = {split: found if isinstance(found, PairStream) else in_order(found) for split, found in find(root).items()}
     first = next(iter(splits))
     sets = [
         PairSet(
