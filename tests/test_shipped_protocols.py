@@ -84,6 +84,7 @@ CASES: dict[str, tuple[Scene, tuple[int, int], Box | None, float]] = {
     "marigold_eth3d": (DEPTH, ANY, None, clipped(1e-5)),
     "marigold_scannet": (DEPTH, NYU, None, clipped(1e-3)),
     "marigold_diode": (DEPTH, LARGE, None, clipped(0.6)),
+    "metric": (METRIC, ANY, None, capped(80)),
     "zoedepth_nyu": (METRIC, NYU, NYU_BOX, capped(10)),
     "zoedepth_ibims": (METRIC, NYU, NYU_BOX, capped(10)),
     "zoedepth_sunrgbd": (METRIC, (530, 730), NYU_BOX, capped(8)),
