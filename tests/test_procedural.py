@@ -282,6 +282,28 @@ def test_a_lost_shard_is_written_again(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.usefixtures("one_process")
+def test_clips_lie_in_runs_that_no_shard_cuts_with_their_motion(tmp_path: Path) -> None:
+    settings = spec(num_images=9, num_frames=3, frame_step=4, samples_per_shard=7)
+    path = write_world(tmp_path, settings, progress=False)
+    shards = load_manifest(path).shards
+    assert [(shard.num_samples, shard.runs) for shard in shards] == [(6, (3, 3)), (3, (3,))]
+    content = members(tmp_path)
+    facts = [json.loads(content[f"train_0000001_{number:03d}.json"]) for number in range(3)]
+    assert [(each["sequence"], each["frame"]) for each in facts] == [("train_0000001", n) for n in range(3)]
+    path_of_camera = render_clip(domain="target", split="train", index=1, seed=0, size=SIZE, num_frames=9)
+    for number in range(3):
+        np.testing.assert_array_equal(facts[number]["camera_to_world"], path_of_camera[4 * number].camera_to_world)
+    (tmp_path / "manifest.json").unlink()
+    write_world(tmp_path, settings, progress=False)
+    assert load_manifest(path).shards == shards, "shards that are found again have their runs too"
+
+
+def test_worlds_of_single_images_keep_their_names() -> None:
+    assert spec().shard_name(0) == "target-train-c0f0bae3-000000.tar"
+    assert len({spec(num_images=6, **clips).shard_name(0) for clips in ({}, {"num_frames": 2}, {"num_frames": 3})}) == 3
+
+
 @pytest.mark.slow
 def test_processes_write_the_same_bytes_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack.os, "cpu_count", lambda: 2)
@@ -291,7 +313,9 @@ def test_processes_write_the_same_bytes_as_one(tmp_path: Path, monkeypatch: pyte
     assert many.read_bytes() == one.read_bytes()
 
 
-@pytest.mark.parametrize("wrong", [{"domain": "moon"}, {"split": "a/b"}, {"num_images": 0}, {"samples_per_shard": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"domain": "moon"}, {"split": "a/b"}, {"num_images": 0}, {"samples_per_shard": 0}, {"num_frames": 2}]
+)
 def test_wrong_specs_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         spec(**wrong)

@@ -9,6 +9,7 @@ from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -30,7 +31,11 @@ JPEG_QUALITY = 92
 
 @dataclass(frozen=True, kw_only=True)
 class WorldSpec:
-    """What `write_world` writes: `size` is (height, width); two splits, named by any words, share no picture."""
+    """What `write_world` writes: `size` is (height, width); two splits, named by any words, share no picture.
+
+    With `num_frames` above 1 the images are those of clips, `num_frames` of each scene, `frame_step` places apart on
+    the path of the camera: 2 to 8 cm indoors and 10 to 30 cm outdoors a place, less near its turning points.
+    """
 
     domain: str
     split: str
@@ -39,28 +44,45 @@ class WorldSpec:
     seed: int = 0
     labeled: bool = True
     samples_per_shard: int = 128
+    num_frames: int = 1
+    frame_step: int = 1
 
     def __post_init__(self) -> None:
         if self.domain not in DOMAINS:
             raise ValueError(f"unknown domain {self.domain!r}; choose one of {', '.join(DOMAINS)}")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.split):
             raise ValueError(f"split {self.split!r} names files; use letters, digits, - and _")
-        for name, value in (("num_images", self.num_images), ("samples_per_shard", self.samples_per_shard)):
-            if value < 1:
-                raise ValueError(f"{name}: {value!r} is not positive")
+        for name in ("num_images", "samples_per_shard", "num_frames", "frame_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not positive")
+        if self.num_images % self.num_frames:
+            raise ValueError(f"num_images: {self.num_images} are no whole clips of num_frames={self.num_frames}")
+
+    @property
+    def scenes_per_shard(self) -> int:
+        return max(1, self.samples_per_shard // self.num_frames)
 
     @property
     def num_shards(self) -> int:
-        return -(-self.num_images // self.samples_per_shard)
+        return -(-self.num_images // (self.num_frames * self.scenes_per_shard))
 
     def shard_range(self, number: int) -> range:
-        """Indices of the images in one shard."""
-        start = number * self.samples_per_shard
-        return range(start, min(start + self.samples_per_shard, self.num_images))
+        """Indices of the scenes in one shard."""
+        start = number * self.scenes_per_shard
+        return range(start, min(start + self.scenes_per_shard, self.num_images // self.num_frames))
+
+    def runs(self, number: int) -> tuple[int, ...]:
+        """The runs of frames in one shard."""
+        return (self.num_frames,) * len(self.shard_range(number)) if self.num_frames > 1 else ()
+
+    def facts(self) -> dict[str, Any]:
+        """The fields as JSON; those of clips only where there are any, so that data sets of images keep their names."""
+        clips = {"num_frames", "frame_step"} if self.num_frames == 1 else set()
+        return {name: value for name, value in asdict(self).items() if name not in clips}
 
     def shard_name(self, number: int) -> str:
         """Differs between specs, so that a folder never mixes the shards of two."""
-        digest = hashlib.sha256(json.dumps([VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([VERSION, self.facts()], sort_keys=True).encode()).hexdigest()
         return f"{self.domain}-{self.split}-{digest[:8]}-{number:06d}.tar"
 
     def manifest(self, shards: tuple[Shard, ...]) -> Manifest:
@@ -71,7 +93,7 @@ class WorldSpec:
             shards=shards,
             licence="Apache-2.0 (generated)",
             source="depthkit.data.procedural",
-            description=f"Ray-cast rooms, streets and parks, version {VERSION}: {json.dumps(asdict(self))}",
+            description=f"Ray-cast rooms, streets and parks, version {VERSION}: {json.dumps(self.facts())}",
         )
 
 
@@ -119,18 +141,27 @@ def write_shard(root: Path, spec: WorldSpec, number: int) -> Shard:
     if path.is_file():
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        num_samples, num_bytes = len(spec.shard_range(number)), path.stat().st_size
-        return Shard(path=path.name, num_samples=num_samples, num_bytes=num_bytes, sha256=sha256)
+        num_samples, num_bytes = len(spec.shard_range(number)) * spec.num_frames, path.stat().st_size
+        shard = Shard(path=path.name, num_samples=num_samples, num_bytes=num_bytes, sha256=sha256)
+        return replace(shard, runs=spec.runs(number))
     with ShardWriter(path) as writer:
-        for index in spec.shard_range(number):
-            (frame,) = render_clip(domain=spec.domain, split=spec.split, index=index, seed=spec.seed, size=spec.size)
-            writer.add(f"{spec.split}_{index:07d}", encode(frame, labeled=spec.labeled))
-    return writer.close()
+        for scene in spec.shard_range(number):
+            write_scene(writer, spec, scene)
+    return replace(writer.close(), runs=spec.runs(number))
 
 
-def encode(frame: Frame, *, labeled: bool) -> dict[str, bytes]:
-    """The tar members of one view; depth is rounded to 1/256 m."""
-    facts = {"intrinsics_px": list(frame.intrinsics_px), "camera_to_world": frame.camera_to_world.tolist()}
+def write_scene(writer: ShardWriter, spec: WorldSpec, scene: int) -> None:
+    """The image of one scene, or the frames of its clip."""
+    views = {name: getattr(spec, name) for name in ("domain", "split", "seed", "size", "num_frames", "frame_step")}
+    key = f"{spec.split}_{scene:07d}"
+    for number, frame in enumerate(render_clip(index=scene, **views)):
+        place = {"sequence": key, "frame": number} if spec.num_frames > 1 else {}
+        writer.add(f"{key}_{number:03d}" if place else key, encode(frame, labeled=spec.labeled, place=place))
+
+
+def encode(frame: Frame, *, labeled: bool, place: dict[str, Any]) -> dict[str, bytes]:
+    """The tar members of one view, with its place in a video if any; depth is rounded to 1/256 m."""
+    facts = {"intrinsics_px": list(frame.intrinsics_px), "camera_to_world": frame.camera_to_world.tolist()} | place
     members = {"jpg": encode_image(".jpg", frame.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])}
     if labeled:
         members["depth.png"] = encode_image(".png", np.round(frame.depth * TARGET.scale).astype(np.uint16))

@@ -31,9 +31,12 @@ class Frame(NamedTuple):
 
 
 def render_clip(
-    *, domain: str, split: str, index: int, seed: int, size: tuple[int, int], num_frames: int = 1
+    *, domain: str, split: str, index: int, seed: int, size: tuple[int, int], num_frames: int = 1, frame_step: int = 1
 ) -> list[Frame]:
-    """`num_frames` consecutive views of one scene; the first ones do not depend on how many follow."""
+    """`num_frames` views of one scene, `frame_step` places apart on the path of the camera.
+
+    The first ones do not depend on how many follow. The path comes back to where it began after `PATH_PERIOD` places.
+    """
     if domain not in DOMAINS:
         raise ValueError(f"unknown domain {domain!r}; choose one of {', '.join(DOMAINS)}")
     style = STYLES[domain]
@@ -46,7 +49,7 @@ def render_clip(
 
     frames = []
     for number, noise_stream in enumerate(noise_streams):
-        pose = scene.poses[number % PATH_PERIOD]
+        pose = scene.poses[number * frame_step % PATH_PERIOD]
         linear, depth = render(scene, pose, size, intrinsics_px)
         image = develop(linear, lens, np.random.default_rng(noise_stream))
         frames.append(Frame(image, depth, depth == 0, intrinsics_px, pose))
