@@ -22,6 +22,7 @@ import depthkit
 from depthkit.config import ModelConfig, check
 from depthkit.data.windows import IMAGENET_MEAN, IMAGENET_STD
 from depthkit.models import DepthModel, Encoder, build_model
+from depthkit.settings.model import read_model
 from depthkit.types import Kind
 
 FORMAT = 1
@@ -118,7 +119,7 @@ def read_facts(folder: Path) -> BundleFacts:
 def parse_facts(content: Mapping[str, Any]) -> BundleFacts:
     """Facts from their JSON form; TypeError, KeyError or ValueError for what is missing, unknown or out of range."""
     lists = {name: tuple(content[name]) for name in ("mean", "std") if name in content}
-    return BundleFacts(**{**content, **lists, "model": ModelConfig(**content["model"])})
+    return BundleFacts(**{**content, **lists, "model": read_model(content["model"])})
 
 
 def read_weights(folder: Path, facts: BundleFacts) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from depthkit.config import (
     ConfigError,
     DatasetConfig,
+    DPTConfig,
     ModelConfig,
     PretrainConfig,
     PseudoLabelConfig,
@@ -84,7 +85,7 @@ def check_streams(config: TrainConfig) -> None:
 def check_sizes(config: TrainConfig) -> None:
     multiple = size_multiple(config.model)
     for side in config.data.crop_size:
-        allowed = f"positive multiples of {multiple}, as model.encoder={config.model.encoder} needs"
+        allowed = f"positive multiples of {multiple}, as model {config.model.title} needs"
         check(side > 0 and side % multiple == 0, "data.crop_size", list(config.data.crop_size), allowed)
     augment = config.data.augment
     elongation = max(config.data.crop_size) / min(config.data.crop_size)
@@ -171,23 +172,28 @@ def check_model(config: TrainConfig) -> None:
     """The stage can train the model."""
     from depthkit.models import PlainEncoder
 
-    learns_depth = config.stage.target_kind == "depth"
-    allowed = "metres, the largest depth that it predicts" if learns_depth else "null: it does not learn depth"
-    has_range = config.model.max_depth is not None
-    check(
-        has_range == learns_depth, "model.max_depth", config.model.max_depth, f"{allowed} (stage={config.stage.name})"
-    )
+    kind = config.stage.target_kind or "disparity"
+    cure = "metres, the largest depth that it predicts" if kind == "depth" else "null"
+    if config.model.kind != kind:
+        raise ConfigError(
+            f"model.max_depth={config.model.max_depth}: {config.model.title} predicts {config.model.kind}, and "
+            f"stage={config.stage.name} learns {kind}; max_depth must be {cure}, or choose another model"
+        )
+    if config.stage.encoder_weights == "timm":
+        is_of_timm = isinstance(config.model, DPTConfig)
+        allowed = f"a bundle or null: {config.model.title} is not in timm"
+        check(is_of_timm, "stage.encoder_weights", config.stage.encoder_weights, allowed)
     if isinstance(config.stage, PretrainConfig):
         is_plain = isinstance(describe_encoder(config.model), PlainEncoder)
         allowed = "a vision transformer with class token and learned positions for stage=pretrain: it hides patches"
-        check(is_plain, "model.encoder", config.model.encoder, allowed)
+        check(is_plain, "model", config.model.title, allowed)
     if config.trainer.activation_checkpointing:
         try:
             describe_encoder(config.model).checkpoint_activations()
         except (AttributeError, AssertionError) as error:
             reason = f"timm cannot run parts of it again in the backward pass ({error})"
             raise ConfigError(
-                f"trainer.activation_checkpointing=True and model.encoder={config.model.encoder}: {reason}"
+                f"trainer.activation_checkpointing=True and model {config.model.title}: {reason}"
             ) from error
 
 
@@ -200,11 +206,11 @@ def describe_encoder(model: ModelConfig) -> "Encoder":
     """The encoder without memory for its weights; ConfigError where it cannot be built or takes one image size only."""
     import torch  # a command that checks no model does not wait for it
 
-    from depthkit.models import build_encoder
+    from depthkit.models import build_encoder, build_model
 
     with torch.device("meta"):
         try:
-            encoder = build_encoder(model)
+            encoder = build_encoder(model) if isinstance(model, DPTConfig) else build_model(model).encoder
         except ValueError as error:
             raise ConfigError(str(error)) from error
         for height, width in ((2, 3), (3, 2), (5, 5)):
@@ -213,9 +219,7 @@ def describe_encoder(model: ModelConfig) -> "Encoder":
                 encoder(torch.empty(2, 3, *size))
             except (RuntimeError, AssertionError) as error:
                 reason = f"{error}; depth needs an encoder for images of any size"
-                raise ConfigError(
-                    f"model.encoder={model.encoder} does not take an image of {size}: {reason}"
-                ) from error
+                raise ConfigError(f"model {model.title} does not take an image of {size}: {reason}") from error
     return encoder
 
 

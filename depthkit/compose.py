@@ -11,8 +11,8 @@ from depthkit.config import (
     DataConfig,
     DatasetConfig,
     DemoConfig,
+    DPTConfig,
     MetricConfig,
-    ModelConfig,
     OptimConfig,
     PretrainConfig,
     PseudoLabelConfig,
@@ -20,6 +20,7 @@ from depthkit.config import (
     TeacherConfig,
     TrainConfig,
     TrainerConfig,
+    TransferConfig,
 )
 from depthkit.evaluation.settings import EvaluateConfig, ProtocolConfig
 from depthkit.planning.settings import ClusterConfig, PlanConfig
@@ -31,11 +32,12 @@ SCHEMAS: dict[tuple[str | None, str], type] = {
     (None, "base_demo"): DemoConfig,
     (None, "base_plan"): PlanConfig,
     ("cluster", "base_cluster"): ClusterConfig,
-    ("model", "base_model"): ModelConfig,
+    ("model", "base_dpt"): DPTConfig,
     ("data", "base_data"): DataConfig,
     ("dataset", "base_dataset"): DatasetConfig,
     ("optim", "base_optim"): OptimConfig,
     ("trainer", "base_trainer"): TrainerConfig,
+    ("transfer", "base_transfer"): TransferConfig,
     ("protocol", "base_protocol"): ProtocolConfig,
     ("stage", "base_pretrain"): PretrainConfig,
     ("stage", "base_teacher"): TeacherConfig,

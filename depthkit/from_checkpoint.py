@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from depthkit.bundle import BundleError, BundleFacts, load_strict
-from depthkit.config import ModelConfig
+from depthkit.config import DPTConfig
 from depthkit.models import DepthModel, Encoder, build_encoder, build_model, num_parameters
 from depthkit.runtime.checkpoint import is_whole, read_facts
+from depthkit.settings.model import read_model
 
 
 def load_checkpoint(path: Path) -> tuple[DepthModel | Encoder, BundleFacts]:
@@ -23,16 +24,21 @@ def load_checkpoint(path: Path) -> tuple[DepthModel | Encoder, BundleFacts]:
     if not facts:
         raise BundleError(f"{path} is no checkpoint of a training run; `depthkit import` reads published weights")
     settings = facts["config"]
-    config = ModelConfig(**settings["model"])
+    config = read_model(settings["model"])
     is_encoder = settings["stage"]["name"] == "pretrain"
-    model = build_encoder(config) if is_encoder else build_model(config)
+    model: DepthModel | Encoder
+    if is_encoder:
+        assert isinstance(config, DPTConfig)
+        model = build_encoder(config)
+    else:
+        model = build_model(config)
     prefix = "encoder." if is_encoder else "model."
     weights = read_weights(path)
     load_strict(model, {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}, path)
     return model.eval(), BundleFacts(
         content="encoder" if is_encoder else "depth_model",
         model=config,
-        kind="disparity",
+        kind="disparity" if is_encoder else config.kind,
         short_side=min(settings["data"]["crop_size"]),
         provenance=facts["provenance"] | {"steps": facts["step"], "num_parameters": num_parameters(model)},
     )

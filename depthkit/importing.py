@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from depthkit.bundle import UNITS, BundleError, BundleFacts, save_bundle
+from depthkit.config import DPTConfig
 from depthkit.formats.huggingface import read_huggingface
 from depthkit.formats.official import read_checkpoint
 from depthkit.models import DepthModel, Encoder
@@ -66,6 +67,7 @@ def describe(model: DepthModel | Encoder, facts: BundleFacts) -> str:
     """One line: what was imported."""
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     if facts.content == "encoder":
-        return f"{facts.model.encoder}, an encoder alone ({parameters:.1f} M parameters), for stage.encoder_weights"
+        return f"{facts.model.title}, an encoder alone ({parameters:.1f} M parameters), for stage.encoder_weights"
+    assert isinstance(facts.model, DPTConfig)  # all published files hold such
     taps = ",".join(map(str, facts.model.tap_layers))
-    return f"{facts.model.encoder} with taps {taps} ({parameters:.1f} M parameters), {facts.kind}: {UNITS[facts.kind]}"
+    return f"{facts.model.title} with taps {taps} ({parameters:.1f} M parameters), {facts.kind}: {UNITS[facts.kind]}"

@@ -1,7 +1,7 @@
 """The losses: one function each, `(prediction, target, valid_mask) -> (B,)`, one value per image; the caller averages.
 
 Shapes: B images, H/W pixels, h/w patches, C channels. Maps are (B, H, W) disparities, for
-`silog_loss` depths in metres; masks (B, H, W) bool.
+`silog_loss` and `scale_invariant_log_loss` depths in metres; masks (B, H, W) bool.
 All compute in float32 whatever autocast says. Pixels outside the mask, NaN included, change neither value nor gradient;
 an empty mask gives 0 with zero gradient. NaN at a valid pixel gives NaN: a broken network must not look good.
 """
@@ -64,22 +64,49 @@ def scale_shift_invariant_mse(prediction: Tensor, target: Tensor, valid_mask: Te
     return masked_mean(residual**2, valid_mask) / 2
 
 
-def silog_loss(prediction: Tensor, target: Tensor, valid_mask: Tensor, *, variance_focus: float = 0.5) -> Tensor:
-    """`sqrt(mean d^2 - variance_focus * (mean d)^2)`, d = ln target - ln prediction; maps are depths in metres.
+def scale_invariant_log_loss(
+    prediction: Tensor,
+    target: Tensor,
+    valid_mask: Tensor,
+    *,
+    variance_focus: float = 0.5,
+    sample_variance: bool = False,
+) -> Tensor:
+    """`var d + (1 - variance_focus) * (mean d)^2`, d = ln target - ln prediction; maps are depths in metres.
 
-    At `variance_focus` 1 it does not see a wrong scale, at 0 it is the RMSE of the logarithm. A prediction is raised to
-    `SMALLEST_DEPTH` first. Sources: Eigen et al. 2014 (lambda 0.5, without the root), Depth Anything V2
-    metric_depth/util/loss.py (0.5).
+    At `variance_focus` 1 it does not see a wrong scale, at 0 it is the mean squared error of the logarithm. The
+    variance is over the n valid pixels of an image, with `sample_variance` divided by n - 1. A prediction is raised to
+    `SMALLEST_DEPTH` first. Source: Eigen et al. 2014, equation 4, where lambda (0.5) is `variance_focus`.
     """
     ones = torch.ones_like(target, dtype=torch.float32)
     target = torch.where(valid_mask, target.float(), ones)
     prediction = torch.where(valid_mask, prediction.float().clamp(min=SMALLEST_DEPTH), ones)
     difference = target.log() - prediction.log()
     mean = masked_mean(difference, valid_mask)
-    # The variance is a mean of squares, not a difference of large numbers; its root has no gradient at 0.
+    # A mean of squares, not a difference of large numbers.
     variance = masked_mean((difference - mean[:, None, None]) ** 2, valid_mask)
-    square = variance + (1 - variance_focus) * mean**2
-    is_zero = square <= 0
+    if sample_variance:
+        num_valid = valid_mask.sum((1, 2))
+        variance = variance * num_valid / (num_valid - 1).clamp(min=1)
+    return variance + (1 - variance_focus) * mean**2
+
+
+def silog_loss(
+    prediction: Tensor,
+    target: Tensor,
+    valid_mask: Tensor,
+    *,
+    variance_focus: float = 0.5,
+    sample_variance: bool = False,
+) -> Tensor:
+    """The root of `scale_invariant_log_loss`: `sqrt(mean d^2 - variance_focus * (mean d)^2)`.
+
+    Sources: Depth Anything V2 metric_depth/util/loss.py (0.5); ZoeDepth loss.py (0.85, `sample_variance`, times 10).
+    """
+    square = scale_invariant_log_loss(
+        prediction, target, valid_mask, variance_focus=variance_focus, sample_variance=sample_variance
+    )
+    is_zero = square <= 0  # where the root has no gradient
     return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, square).sqrt())
 
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import depthkit
 from depthkit.bundle import read_facts
-from depthkit.config import TrainConfig
+from depthkit.config import DPTConfig, TrainConfig
 from depthkit.data.manifest import load_manifest
 from depthkit.data.remote import is_remote
 from depthkit.licences import NOT_STATED, stated_licences
@@ -107,6 +107,7 @@ def provenance_of_encoder(config: TrainConfig) -> dict[str, Any] | None:
     if weights is None:
         return None
     if weights == "timm":
+        assert isinstance(config.model, DPTConfig)  # `checks.check_model`
         published = timm.get_pretrained_cfg(config.model.encoder)
         name = f"timm {published.architecture}.{published.tag}"
         return {"name": name, "sha256": "", "sources": {name: published.license or NOT_STATED}}

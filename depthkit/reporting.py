@@ -80,6 +80,6 @@ def heading(config: TrainConfig, module: nn.Module) -> list[str]:
     return [
         f"{config.run_name}: stage {config.stage.name}, seed {config.seed}, in {config.run_dir}",
         f"  {trainer.max_steps} steps of {streams} images of {height} x {width}{split}: {sweeps}",
-        f"  {config.model.encoder}: {trained:.2f} M parameters trained, {frozen:.2f} M frozen",
+        f"  {config.model.title}: {trained:.2f} M parameters trained, {frozen:.2f} M frozen",
         f"  {processes} x {trainer.accelerator}, strategy {trainer.strategy}, precision {trainer.precision}",
     ]

@@ -9,6 +9,7 @@ import lightning as L
 from depthkit.bundle import BundleFacts, load_depth_model_weights, load_encoder_weights, read_facts, save_bundle
 from depthkit.checks import num_steps, size_multiple, validate
 from depthkit.config import (
+    DPTConfig,
     MetricConfig,
     PretrainConfig,
     PseudoLabelConfig,
@@ -99,6 +100,7 @@ def build_data(config: TrainConfig) -> DepthDataModule:
 
 def build_pretrain(config: TrainConfig) -> L.LightningModule:
     assert isinstance(config.stage, PretrainConfig)
+    assert isinstance(config.model, DPTConfig)
     encoder = build_encoder(config.model)
     assert isinstance(encoder, PlainEncoder)
     return PretrainModule(encoder, config.stage, config.optim, seed=config.seed)
@@ -121,7 +123,6 @@ def build_metric(config: TrainConfig) -> L.LightningModule:
     model = build_initialised_model(config)
     if config.stage.decoder_weights:
         load_depth_model_weights(model, Path(str(config.stage.encoder_weights)))
-    assert config.model.max_depth is not None
     return MetricModule(model, config.model.max_depth, config.stage, config.optim, config.protocol)
 
 
@@ -149,7 +150,7 @@ def write_bundle(config: TrainConfig, module: L.LightningModule, metrics: dict[s
     facts = BundleFacts(
         content="encoder" if isinstance(module, PretrainModule) else "depth_model",
         model=config.model,
-        kind="disparity" if config.model.max_depth is None else "depth",
+        kind="disparity" if isinstance(module, PretrainModule) else config.model.kind,
         short_side=min(config.data.crop_size),
         provenance=provenance(config, metrics) | {"num_parameters": num_parameters(result)},
     )

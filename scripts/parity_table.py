@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depthkit.bundle import BundleFacts, load_model
-from depthkit.config import CONF_DIR, ModelConfig
+from depthkit.config import CONF_DIR, DPTConfig
 from depthkit.formats.huggingface import write_huggingface
 from depthkit.formats.official import read_checkpoint, write_checkpoint
 from depthkit.formats.onnx import export_onnx, load_onnx
@@ -58,7 +58,7 @@ def open_model(name: str) -> tuple[DepthModel, BundleFacts]:
         return load_model(Path(name))
     settings = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "model" / f"{name}.yaml"))
     assert isinstance(settings, dict)
-    config = ModelConfig(**{str(key): value for key, value in settings.items() if key != "defaults"})
+    config = DPTConfig(**{str(key): value for key, value in settings.items() if key != "defaults"})
     facts = BundleFacts(content="depth_model", model=config, kind="disparity", short_side=518)
     return randomise(build_model(config)), facts
 

@@ -20,11 +20,11 @@ from depthkit.bundle import (
     save_bundle,
     sha256,
 )
-from depthkit.config import ModelConfig
+from depthkit.config import DPTConfig
 from depthkit.inference.loading import load
 from depthkit.models import DepthModel, build_encoder, build_model
 
-MODEL = ModelConfig(
+MODEL = DPTConfig(
     encoder="vit_tiny_patch16_224",
     encoder_args={"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
     conv_stem=True,
@@ -231,6 +231,6 @@ def test_encoder_weights_of_either_bundle(tmp_path, content):
 
 
 def test_encoder_weights_of_another_architecture(folder):
-    other = ModelConfig(**{**vars(MODEL), "encoder_args": {**MODEL.encoder_args, "embed_dim": 64}})
+    other = DPTConfig(**{**vars(MODEL), "encoder_args": {**MODEL.encoder_args, "embed_dim": 64}})
     with pytest.raises(BundleError, match="shape: vit"):
         load_encoder_weights(build_encoder(other), folder)

@@ -14,7 +14,7 @@ from depthkit.config import (
     ConfigError,
     DataConfig,
     DatasetConfig,
-    ModelConfig,
+    DPTConfig,
     OptimConfig,
     PretrainConfig,
     PseudoLabelConfig,
@@ -63,7 +63,7 @@ def test_what_an_experiment_leaves_to_the_user_is_asked_for(compose, experiment)
 @pytest.mark.parametrize("model", names("model"))
 def test_every_model_builds(compose, model):
     config = compose("data=tiny_teacher", f"model={model}").model
-    assert isinstance(config, ModelConfig)
+    assert isinstance(config, DPTConfig)
     with torch.device("meta"):
         assert build_encoder(config).multiple == size_multiple(config)
 
@@ -105,7 +105,7 @@ def test_every_protocol_composes_for_training_and_for_evaluation(compose, protoc
 def test_no_folder_of_conf_is_left_out():
     """A new group needs a test above."""
     tested = {"experiment", "model", "stage", "data", "optim", "trainer", "logger", "callbacks", "paths", "dataset"}
-    elsewhere = {"cluster", "hydra", "sweep"}  # in the tests of plan, sweeps and Slurm
+    elsewhere = {"cluster", "hydra", "sweep", "transfer"}  # in the tests of plan, sweeps, Slurm and transfer
     assert {path.name for path in CONF_DIR.iterdir() if path.is_dir()} == tested | {"protocol"} | elsewhere
     for path in CONF_DIR.rglob("*.yaml"):
         OmegaConf.load(path)
@@ -178,10 +178,10 @@ ONE = {"it": DatasetConfig(manifest="m")}
         (DatasetConfig, {"manifest": "m", "depth_range": [5.0, 2.0]}, "dataset.depth_range=[5.0, 2.0]: must be [low"),
         (WorldConfig, {**WORLD, "domain": "moon"}, "world.domain='moon': must be source or target"),
         (WorldConfig, {**WORLD, "num_images": 0}, "world.num_images=0: must be > 0"),
-        (ModelConfig, {**MODEL, "tap_layers": [1, 2, 3]}, "model.tap_layers=[1, 2, 3]: must be four"),
-        (ModelConfig, {**MODEL, "tap_layers": [1, 3, 2, 5]}, "model.tap_layers=[1, 3, 2, 5]: must be increasing"),
-        (ModelConfig, {**MODEL, "features": 31}, "model.features=31: must be an even number"),
-        (ModelConfig, {**MODEL, "out_channels": [8, 8]}, "model.out_channels=[8, 8]: must be four"),
+        (DPTConfig, {**MODEL, "tap_layers": [1, 2, 3]}, "model.tap_layers=[1, 2, 3]: must be four"),
+        (DPTConfig, {**MODEL, "tap_layers": [1, 3, 2, 5]}, "model.tap_layers=[1, 3, 2, 5]: must be increasing"),
+        (DPTConfig, {**MODEL, "features": 31}, "model.features=31: must be an even number"),
+        (DPTConfig, {**MODEL, "out_channels": [8, 8]}, "model.out_channels=[8, 8]: must be four"),
         (ProtocolConfig, {**PROTOCOL, "max_depth": 0}, "protocol.max_depth=0.0: must be"),
         (ProtocolConfig, {**PROTOCOL, "metrics": ["abs"]}, "protocol.metrics=['abs']: must be among"),
         (ProtocolConfig, {**PROTOCOL, "crop": [0, 1, 0.5, 0.2]}, "protocol.crop=[0.0, 1.0, 0.5, 0.2]: must be"),

@@ -6,7 +6,7 @@ import timm
 import torch
 
 from depthkit.checks import describe_encoder
-from depthkit.config import ConfigError, ModelConfig
+from depthkit.config import ConfigError, DPTConfig
 from depthkit.inference.loading import load
 from depthkit.models import build_model
 from depthkit.models.encoder import IntermediatesEncoder, PlainEncoder
@@ -37,17 +37,17 @@ PYRAMIDS = {
 """timm name -> stages of strides 4 to 32, arguments that make it small, widths."""
 
 
-def config(encoder: str, *, tap_layers: list[int], encoder_args: dict[str, object]) -> ModelConfig:
-    return ModelConfig(
+def config(encoder: str, *, tap_layers: list[int], encoder_args: dict[str, object]) -> DPTConfig:
+    return DPTConfig(
         encoder=encoder, encoder_args=encoder_args, tap_layers=tap_layers, features=16, out_channels=[8, 8, 16, 16]
     )
 
 
-def transformer(name: str) -> ModelConfig:
+def transformer(name: str) -> DPTConfig:
     return config(name, tap_layers=[0, 1, 2, 3], encoder_args=SMALL | {"img_size": 4 * TRANSFORMERS[name]})
 
 
-def pyramid(name: str) -> ModelConfig:
+def pyramid(name: str) -> DPTConfig:
     tap_layers, encoder_args, _ = PYRAMIDS[name]
     return config(name, tap_layers=tap_layers, encoder_args=encoder_args)
 

@@ -8,13 +8,13 @@ import torch
 from parity_table import randomise, relative_error
 
 from depthkit.bundle import BundleFacts, save_bundle
-from depthkit.config import ModelConfig
+from depthkit.config import DPTConfig
 from depthkit.exporting import main
 from depthkit.formats.official import read_checkpoint
 from depthkit.inference.loading import load
 from depthkit.models import build_model
 
-SETTINGS = ModelConfig(
+SETTINGS = DPTConfig(
     encoder="vit_small_patch14_dinov2",
     encoder_args={"img_size": 70, "embed_dim": 48, "depth": 4, "num_heads": 3},
     tap_layers=[0, 1, 2, 3],

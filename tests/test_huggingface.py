@@ -12,7 +12,7 @@ from parity_table import randomise, relative_error
 from torch.nn import functional as F
 
 from depthkit.bundle import BundleError, BundleFacts, load_model, save_bundle
-from depthkit.config import ModelConfig
+from depthkit.config import DPTConfig
 from depthkit.formats.huggingface import read_huggingface, write_huggingface
 from depthkit.formats.official import published, read_checkpoint, write_checkpoint
 from depthkit.models import DepthModel, build_model
@@ -25,19 +25,19 @@ SMALL = {"img_size": 70, "embed_dim": 48, "depth": 4, "num_heads": 3}
 GATED = SMALL | {"embed_dim": 72}
 
 
-def config(encoder: str = "vit_small_patch14_dinov2", **changes: object) -> ModelConfig:
-    settings = ModelConfig(
+def config(encoder: str = "vit_small_patch14_dinov2", **changes: object) -> DPTConfig:
+    settings = DPTConfig(
         encoder=encoder, encoder_args=SMALL, tap_layers=[0, 1, 2, 3], features=48, out_channels=[12, 24, 48, 48]
     )
     return replace(settings, **changes)
 
 
-def facts(settings: ModelConfig) -> BundleFacts:
+def facts(settings: DPTConfig) -> BundleFacts:
     kind = "disparity" if settings.max_depth is None else "depth"
     return BundleFacts(content="depth_model", model=settings, kind=kind, short_side=518)
 
 
-def write(model: DepthModel, settings: ModelConfig, folder: Path) -> Path:
+def write(model: DepthModel, settings: DPTConfig, folder: Path) -> Path:
     write_huggingface(model, facts(settings), folder, card="# a model\n")
     return folder
 

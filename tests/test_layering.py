@@ -13,7 +13,8 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 METRICS = ("metrics", "metrics_edges", "metrics_pairs", "metrics_pixels", "metrics_video")
-MATHEMATICS = {f"depthkit.{name}" for name in ("types", "geometry", "alignment", "losses", *METRICS)}
+LOSSES = ("losses", "multitask", "normals")
+MATHEMATICS = {f"depthkit.{name}" for name in ("types", "geometry", "alignment", *LOSSES, *METRICS)}
 
 
 def nodes(node: ast.AST, *, into_functions: bool) -> Iterator[ast.AST]:
@@ -75,8 +76,12 @@ def test_mathematics_is_torch_and_numpy(module):
 
 
 def test_config_knows_nothing_of_ours_but_other_settings():
-    assert ours("depthkit.config") == {"depthkit.errors", "depthkit.evaluation.settings"}
-    assert theirs("depthkit.config") == theirs("depthkit.evaluation.settings") == {"omegaconf"}
+    settings = [name for name in within("depthkit.settings") if name != "depthkit.settings"]
+    assert ours("depthkit.config") == {"depthkit.errors", "depthkit.evaluation.settings", *settings}
+    for module in ("depthkit.config", "depthkit.evaluation.settings", *settings):
+        assert theirs(module) <= {"omegaconf"}
+    for module in settings:
+        assert ours(module) <= {"depthkit.errors", *settings}
 
 
 @pytest.mark.parametrize("module", within("depthkit.models"))
@@ -136,6 +141,7 @@ def test_extras_are_imported_where_they_are_used(module):
         "onnxruntime",
         "onnxscript",
         "optuna",
+        "peft",
         "submitit",
         "wandb",
         "tensorboard",

@@ -10,7 +10,7 @@ import torch
 from test_stages import MODEL
 from torch import Tensor
 
-from depthkit.config import ModelConfig, OptimConfig, TeacherConfig
+from depthkit.config import DPTConfig, OptimConfig, TeacherConfig
 from depthkit.evaluation.settings import Alignment, ProtocolConfig
 from depthkit.models import build_model
 from depthkit.stages.teacher import TeacherModule
@@ -36,7 +36,7 @@ def test_tiny_model_learns_one_real_image_by_heart(samples_dir):
     torch.manual_seed(0)
     image, disparity, valid_mask = real_pair(samples_dir, 64)
     larger = {**MODEL.encoder_args, "img_size": 64, "embed_dim": 64, "patch_size": 4}
-    config = ModelConfig(**{**vars(MODEL), "encoder_args": larger})
+    config = DPTConfig(**{**vars(MODEL), "encoder_args": larger})
     module = TeacherModule(build_model(config), TeacherConfig(), OptimConfig(encoder_lr=1e-3), PROTOCOL)
     optimizer = torch.optim.Adam(module.model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=400)

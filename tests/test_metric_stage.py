@@ -125,8 +125,8 @@ def test_pixels_beyond_the_head_are_left_out(tiny_config, tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["stage=metric", "model.max_depth=null"], r"model\.max_depth=None: must be metres"),
-        (["stage=teacher", "model.max_depth=80"], r"model\.max_depth=80.*must be null"),
+        (["stage=metric", "model.max_depth=null"], r"model\.max_depth=None: .*max_depth must be metres"),
+        (["stage=teacher", "model.max_depth=80"], r"model\.max_depth=80.*max_depth must be null"),
     ],
 )
 def test_a_head_that_does_not_fit_the_stage_is_refused(tiny_config, tmp_path: Path, settings: list[str], message: str):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from depthkit.config import ModelConfig
+from depthkit.config import DPTConfig
 from depthkit.models import DepthModel, build_encoder, build_model
 from depthkit.models.dpt import DPTDecoder
 
@@ -18,7 +18,7 @@ PUBLISHED = {
 TAPS = {"vits": [2, 5, 8, 11], "vitb": [2, 5, 8, 11], "vitl": [4, 11, 17, 23], "vitg": [9, 19, 29, 39]}
 
 
-def tiny(**changes: object) -> ModelConfig:
+def tiny(**changes: object) -> DPTConfig:
     settings = {
         "encoder": "vit_tiny_patch16_224",
         "encoder_args": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
@@ -27,7 +27,7 @@ def tiny(**changes: object) -> ModelConfig:
         "features": 16,
         "out_channels": [8, 8, 16, 16],
     }
-    return ModelConfig(**{**settings, **changes})
+    return DPTConfig(**{**settings, **changes})
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from depthkit.bundle import BundleFacts, read_facts, save_bundle, sha256
-from depthkit.config import ModelConfig
+from depthkit.config import DPTConfig
 from depthkit.formats import onnx as formats_onnx
 from depthkit.formats.onnx import OnnxError, export_onnx, load_onnx
 from depthkit.inference.loading import load
@@ -26,15 +26,15 @@ CPU = torch.device("cpu")
 DECODER = {"tap_layers": [0, 1, 2, 3], "features": 16, "out_channels": [8, 8, 16, 16]}
 VIT = {"img_size": 56, "embed_dim": 32, "depth": 4, "num_heads": 2, "init_values": 0.1}
 MODELS = {
-    "disparity": ModelConfig(encoder="vit_small_patch14_dinov2", encoder_args=VIT, **DECODER),
-    "metric": ModelConfig(encoder="vit_small_patch14_reg4_dinov2", encoder_args=VIT, max_depth=20.0, **DECODER),
-    "pyramid": ModelConfig(encoder="resnet18", **{**DECODER, "tap_layers": [1, 2, 3, 4]}),
+    "disparity": DPTConfig(encoder="vit_small_patch14_dinov2", encoder_args=VIT, **DECODER),
+    "metric": DPTConfig(encoder="vit_small_patch14_reg4_dinov2", encoder_args=VIT, max_depth=20.0, **DECODER),
+    "pyramid": DPTConfig(encoder="resnet18", **{**DECODER, "tap_layers": [1, 2, 3, 4]}),
 }
 GRIDS = [(4, 4), (2, 7), (9, 3)]
 """In units of `multiple`: native grid of the transformers, wide, tall; none but the native one is checked at export."""
 
 
-def facts_of(config: ModelConfig) -> BundleFacts:
+def facts_of(config: DPTConfig) -> BundleFacts:
     return BundleFacts(
         content="depth_model",
         model=config,
@@ -47,7 +47,7 @@ def facts_of(config: ModelConfig) -> BundleFacts:
     )
 
 
-def build_sensitive(config: ModelConfig) -> DepthModel:
+def build_sensitive(config: DPTConfig) -> DepthModel:
     """A random model whose values depend on every part: where there is a position embedding, on that most of all."""
     torch.manual_seed(0)
     model = build_model(config).eval()
@@ -71,7 +71,7 @@ def traced(model) -> torch.onnx.ONNXProgram:
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
-def exported(request, tmp_path_factory) -> tuple[ModelConfig, DepthModel, Path]:
+def exported(request, tmp_path_factory) -> tuple[DPTConfig, DepthModel, Path]:
     config = MODELS[request.param]
     model = build_sensitive(config)
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"

@@ -15,7 +15,7 @@ from depthkit.alignment import (
     fit_least_absolute,
 )
 from depthkit.bundle import BundleFacts
-from depthkit.config import ModelConfig
+from depthkit.config import DPTConfig
 from depthkit.data.windows import normalize
 from depthkit.evaluation.protocols import rank_correlation, score
 from depthkit.evaluation.settings import Alignment, ProtocolConfig
@@ -316,7 +316,7 @@ def test_transformers_averages_flips_the_same(transformers):
     def network(image):
         return (image.mean(1) * torch.linspace(1, 2, image.shape[3])).exp()
 
-    model = ModelConfig(encoder="fake", tap_layers=[0, 1, 2, 3], features=2, out_channels=[1, 1, 1, 1])
+    model = DPTConfig(encoder="fake", tap_layers=[0, 1, 2, 3], features=2, out_channels=[1, 1, 1, 1])
     facts = BundleFacts(content="depth_model", model=model, kind="depth", short_side=24)
     predictor = Predictor(network, facts, name="fake", multiple=8, device=torch.device("cpu"))
     image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)

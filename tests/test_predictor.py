@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from depthkit.bundle import BundleFacts, load_model
-from depthkit.config import ModelConfig
+from depthkit.config import DPTConfig
 from depthkit.data.quarantine import SampleError
 from depthkit.inference.loading import load
 from depthkit.inference.predictor import BATCHES_WAITING, Predictor
@@ -37,7 +37,7 @@ def red(image: torch.Tensor) -> torch.Tensor:
 
 
 def predictor_of(network: Callable[[torch.Tensor], torch.Tensor], *, short_side: int, multiple: int) -> Predictor:
-    model = ModelConfig(encoder="fake", tap_layers=[0, 1, 2, 3], features=2, out_channels=[1, 1, 1, 1])
+    model = DPTConfig(encoder="fake", tap_layers=[0, 1, 2, 3], features=2, out_channels=[1, 1, 1, 1])
     facts = BundleFacts(content="depth_model", model=model, kind="disparity", short_side=short_side)
     return Predictor(network, facts, name="fake", multiple=multiple, device=torch.device("cpu"))
 

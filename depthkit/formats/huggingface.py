@@ -16,7 +16,7 @@ from timm.layers import GluMlp
 from torch import Tensor
 
 from depthkit.bundle import WEIGHTS, BundleError, BundleFacts, load_strict, sha256, write_folder
-from depthkit.config import ModelConfig
+from depthkit.config import DPTConfig
 from depthkit.formats.layout import Layout, read_layout, read_tensors, write_layout
 from depthkit.formats.official import PUBLISHED, SHORT_SIDE, dinov2_of, num_blocks, official_layout, published
 from depthkit.models import DepthModel, build_model
@@ -91,6 +91,7 @@ def model_settings(model: DepthModel, facts: BundleFacts) -> dict[str, Any]:
     """The content of config.json."""
     vit = dinov2_of(model)
     block, config = vit.blocks[0], facts.model
+    assert isinstance(config, DPTConfig)  # `dinov2_of` takes no others
     is_gated = isinstance(block.mlp, GluMlp)
     # Of the gated layer, transformers counts the width before a third of it is taken off.
     hidden = block.mlp.fc1.out_features * 3 / 4 if is_gated else block.mlp.fc1.out_features
@@ -176,7 +177,7 @@ def read_huggingface(folder: Path) -> tuple[DepthModel, BundleFacts]:
     facts = BundleFacts(
         content="depth_model",
         model=config,
-        kind="disparity" if config.max_depth is None else "depth",
+        kind=config.kind,
         short_side=processor.get("size", {}).get("height", SHORT_SIDE),
         sha256=sha256(path),
         provenance={
@@ -214,7 +215,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def model_config(settings: Mapping[str, Any], path: Path) -> ModelConfig:
+def model_config(settings: Mapping[str, Any], path: Path) -> DPTConfig:
     """Our settings for those of config.json; what it leaves out has the defaults of `transformers`."""
     if settings.get("model_type") != "depth_anything":
         raise BundleError(f"{path}: model_type={settings.get('model_type')!r}: only depth_anything can be read")

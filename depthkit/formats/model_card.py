@@ -6,7 +6,7 @@ It says what the bundle's provenance says, calls unrecorded what that leaves out
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from depthkit.bundle import UNITS, BundleFacts
-from depthkit.config import ModelConfig
+from depthkit.config import DPTConfig, ModelConfig
 from depthkit.licences import (
     OTHER,
     UNKNOWN,
@@ -110,8 +110,8 @@ def front_matter(facts: BundleFacts, declared: str | None, derived: Licence) -> 
             "depthkit",
             "monocular-depth-estimation",
             "metric-depth" if facts.kind == "depth" else "relative-depth",
-            "dpt",
-            facts.model.encoder,
+            facts.model.architecture,
+            facts.model.title,
         ],
         **({"datasets": datasets} if datasets else {}),
     }
@@ -129,6 +129,8 @@ def hub_licence(declared: str | None, derived: Licence) -> dict[str, str]:
 
 def architecture(model: ModelConfig) -> str:
     """The network in a sentence."""
+    if not isinstance(model, DPTConfig):
+        return f"{model.title}: {settings_text({**asdict(model), 'architecture': model.architecture})}"
     arguments = f" with {settings_text(model.encoder_args)}" if model.encoder_args else ""
     stem = ", convolutional stem" if model.conv_stem else ""
     taps = ", ".join(map(str, model.tap_layers))

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from depthkit.bundle import BundleError, BundleFacts, load_strict, sha256
-from depthkit.config import CONF_DIR, ModelConfig
+from depthkit.config import CONF_DIR, DPTConfig, ModelConfig
 from depthkit.files import atomic_write
 from depthkit.formats.layout import Layout, describe, read_layout, read_tensors, write_layout
 from depthkit.models import DepthModel, Encoder, PlainEncoder, build_encoder, build_model
@@ -131,7 +131,7 @@ def has_gates(state: Mapping[str, Tensor]) -> bool:
 # --- what the weights tell, and what they do not ----------------------------------------------------------------------
 
 
-def recognise_encoder(state: Mapping[str, Tensor], prefix: str, path: Path) -> ModelConfig:
+def recognise_encoder(state: Mapping[str, Tensor], prefix: str, path: Path) -> DPTConfig:
     """The published model with an encoder of this width. Number of blocks, image size and decoder as in the weights."""
     try:
         _, tokens, width = state[f"{prefix}pos_embed"].shape
@@ -159,21 +159,23 @@ def recognise_encoder(state: Mapping[str, Tensor], prefix: str, path: Path) -> M
     return config
 
 
-def published(width: int) -> ModelConfig:
+def published(width: int) -> DPTConfig:
     """The model of `conf/model` with an encoder of this width; its taps are those of V2. KeyError if there is none."""
     settings = OmegaConf.load(CONF_DIR / "model" / f"{PUBLISHED[width]}.yaml")
     values: dict[str, Any] = OmegaConf.to_container(settings)  # type: ignore[assignment]
     del values["defaults"]
-    return ModelConfig(**values)
+    return DPTConfig(**values)
 
 
 def is_published(config: ModelConfig) -> bool:
     """Whether the original repositories build this network; taps and range are arguments there."""
+    if not isinstance(config, DPTConfig):
+        return False
     networks = [replace(published(width), tap_layers=config.tap_layers) for width in PUBLISHED]
     return replace(config, max_depth=None) in networks
 
 
-def num_blocks(config: ModelConfig) -> int:
+def num_blocks(config: DPTConfig) -> int:
     """Blocks of an encoder whose last one is tapped, as in all published models."""
     return config.tap_layers[-1] + 1
 
@@ -183,7 +185,7 @@ def last_four(depth: int) -> list[int]:
     return list(range(depth - 4, depth))
 
 
-def parse_taps(taps: str | None, config: ModelConfig, path: Path) -> list[int]:
+def parse_taps(taps: str | None, config: DPTConfig, path: Path) -> list[int]:
     """The tapped blocks that `taps` means for this encoder."""
     depth = config.encoder_args.get("depth", num_blocks(config))
     if taps is None:
@@ -217,7 +219,7 @@ def imported_facts(content: Any, config: ModelConfig, path: Path) -> BundleFacts
     return BundleFacts(
         content=content,
         model=config,
-        kind="disparity" if config.max_depth is None else "depth",
+        kind=config.kind,
         short_side=SHORT_SIDE,
         sha256=sha256(path),
         provenance={"stage": "imported", "source": path.name, "source_sha256": sha256(path), "licence": None},

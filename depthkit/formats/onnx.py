@@ -64,9 +64,9 @@ def export_onnx(model: DepthModel, facts: BundleFacts, path: Path, *, tolerance:
         raise OnnxError(f"{path}: the name of the file must end in .onnx")
     network = _Values(model).eval()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with Console(file=sys.stderr).status(f"exporting {facts.model.encoder} to {path} ...") as status:
+    with Console(file=sys.stderr).status(f"exporting {facts.model.title} to {path} ...") as status:
         with quiet():
-            program = trace(network, facts.model.encoder, model.encoder.multiple)
+            program = trace(network, facts.model.title, model.encoder.multiple)
         with temporary_folder(path) as folder:
             file, data = folder / path.name, folder / (path.name + DATA_SUFFIX)
             program.save(file, external_data=size_of_weights(program) > MAX_EMBEDDED)

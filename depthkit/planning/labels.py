@@ -74,7 +74,7 @@ def teacher_of(config: PlanConfig, stage: PseudoLabelConfig) -> tuple[ModelConfi
         in_hydra = GlobalHydra.instance().is_initialized()
         with nullcontext() if in_hydra else hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return to_config(hydra.compose("train", [f"experiment={name}"])).model, f"experiment={name}: no bundle yet"
-    return config.model, f"model={config.model.encoder}: no bundle at {stage.bundle or 'stage.bundle'}"
+    return config.model, f"model={config.model.title}: no bundle at {stage.bundle or 'stage.bundle'}"
 
 
 def images_to_label(config: PlanConfig, stage: PseudoLabelConfig) -> tuple[Images, str]:

@@ -14,7 +14,7 @@ from depthkit.evaluation.protocols import protocol_id, score
 from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.losses import MapLoss, affine_invariant_loss, gradient_matching_loss, scale_shift_invariant_loss
 from depthkit.models import DepthModel
-from depthkit.optim import build_optimizer, decay_schedule, parameter_groups
+from depthkit.optim import build_optimizer, build_schedule, parameter_groups
 from depthkit.types import Batch, ModelOutput, Rejection, StepOutput
 
 
@@ -62,7 +62,7 @@ class DepthModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(parameter_groups(self.model, self.model.encoder, self.optim), self.optim)
-        schedule = decay_schedule(optimizer, self.optim, num_steps=int(self.trainer.max_steps))
+        schedule = build_schedule(optimizer, self.optim, num_steps=int(self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

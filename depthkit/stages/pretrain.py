@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from depthkit.config import OptimConfig, PretrainConfig
 from depthkit.models import PlainEncoder
-from depthkit.optim import build_optimizer, decay_schedule, parameter_groups
+from depthkit.optim import build_optimizer, build_schedule, parameter_groups
 from depthkit.types import Batch
 
 
@@ -54,5 +54,5 @@ class PretrainModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(parameter_groups(self, self.encoder, self.optim), self.optim)
-        schedule = decay_schedule(optimizer, self.optim, num_steps=int(self.trainer.max_steps))
+        schedule = build_schedule(optimizer, self.optim, num_steps=int(self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,123 @@
+"""What each stage does; one dataclass for one module of `stages/`."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar, Literal
+
+from omegaconf import MISSING
+
+from depthkit.errors import check
+
+
+class DepthLoss(Enum):
+    """The supervised loss; formulas in `losses.py`."""
+
+    affine_invariant = "affine_invariant"
+    scale_shift_invariant = "scale_shift_invariant"
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    target_kind: ClassVar[Literal["disparity", "depth"] | None] = "disparity"  # what it learns; None: no labels
+
+    name: str = MISSING
+    encoder_weights: str | None = None  # "timm" (downloads), a bundle folder, or null: random
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(StageConfig):
+    """Masked image modelling of the encoder alone, without labels, for encoders that no published weights exist for."""
+
+    target_kind = None
+
+    name: str = "pretrain"
+    mask_ratio: float = 0.6  # share of patches hidden
+
+    def __post_init__(self) -> None:
+        check(0 < self.mask_ratio < 1, "stage.mask_ratio", self.mask_ratio, "> 0 and < 1")
+
+
+@dataclass(kw_only=True)
+class TeacherConfig(StageConfig):
+    name: str = "teacher"
+    loss: DepthLoss = DepthLoss.affine_invariant
+    gradient_matching_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        weight = self.gradient_matching_weight
+        check(weight >= 0, "stage.gradient_matching_weight", weight, ">= 0")
+
+
+class DepthErrorLoss(Enum):
+    """The loss on depth in metres; formulas in `losses.py`."""
+
+    silog = "silog"
+    scale_invariant_log = "scale_invariant_log"
+
+
+@dataclass(kw_only=True)
+class MetricConfig(StageConfig):
+    target_kind = "depth"
+
+    name: str = "metric"
+    decoder_weights: bool = False  # start from the decoder of the bundle `encoder_weights` too; False: a fresh one
+    loss: DepthErrorLoss = DepthErrorLoss.silog
+    variance_focus: float = 0.5  # of the loss: 1 does not see a wrong scale, 0 counts it fully
+    sample_variance: bool = False  # the loss divides its variance by n - 1, as ZoeDepth, instead of n
+    loss_scale: float = 1.0  # factor on the loss, which gradient clipping does see
+
+    def __post_init__(self) -> None:
+        check(0 <= self.variance_focus <= 1, "stage.variance_focus", self.variance_focus, "0 to 1")
+        check(self.loss_scale > 0, "stage.loss_scale", self.loss_scale, "> 0")
+        from_bundle = self.encoder_weights not in (None, "timm")
+        allowed = "false, or stage.encoder_weights the bundle of a depth model"
+        check(not self.decoder_weights or from_bundle, "stage.decoder_weights", self.decoder_weights, allowed)
+
+
+@dataclass(kw_only=True)
+class PseudoLabelConfig(StageConfig):
+    name: str = "pseudo_label"
+    bundle: str = MISSING  # folder of the teacher's bundle
+    images: str = MISSING  # manifest of the images
+    out: str = MISSING  # folder for label shards and their manifest
+    short_side: int | None = None  # pixels; null = as the teacher was trained; aspect kept, multiples of the patch
+    batch_size: int = 8  # images of one size per forward pass
+    num_workers: int = 4  # loader processes per labelling process
+    num_writers: int = 4  # threads per labelling process that encode and write labels
+    flip: bool = False  # label the mirrored image too; of several views the mean is kept, with its uncertainty
+    scales: list[float] = field(default_factory=lambda: [1.0])  # of short_side, at which images are seen; the first 1
+    sky_model: str | None = None  # ONNX file of a segmentation network, for images without a sky mask
+    sky_class: int = 2  # its class for sky; 2 is that of ADE20K
+    compile: bool = False  # torch.compile the teacher: slow at first
+    verify: bool = False  # check every finished label shard first, and label broken ones again
+    claim_timeout: float = 120.0  # seconds without a sign of life after which a shard is taken from its process
+
+    def __post_init__(self) -> None:
+        check(self.short_side is None or self.short_side > 0, "stage.short_side", self.short_side, "> 0 or null")
+        check(self.batch_size > 0, "stage.batch_size", self.batch_size, "> 0")
+        check(self.num_writers > 0, "stage.num_writers", self.num_writers, "> 0")
+        scales = "one of each, > 0, the first 1"
+        is_valid = self.scales[:1] == [1] and min(self.scales) > 0 and len(set(self.scales)) == len(self.scales)
+        check(is_valid, "stage.scales", self.scales, scales)
+        check(self.sky_class >= 0, "stage.sky_class", self.sky_class, ">= 0")
+        check(self.claim_timeout > 0, "stage.claim_timeout", self.claim_timeout, "> 0 (seconds)")
+
+
+@dataclass(kw_only=True)
+class StudentConfig(StageConfig):
+    name: str = "student"
+    loss: DepthLoss = DepthLoss.affine_invariant
+    gradient_matching_weight: float = 0.0
+    labeled_weight: float = 1.0
+    unlabeled_weight: float = 1.0
+    feature_weight: float = 1.0
+    tolerance_margin: float = 0.15  # locations with 1 - cos below it are left out (Depth-Anything issue 80)
+    drop_fraction: float = 0.0  # largest residuals of a pseudo-labeled image that are dropped (V2: 0.1)
+
+    def __post_init__(self) -> None:
+        for name in ("gradient_matching_weight", "labeled_weight", "unlabeled_weight", "feature_weight"):
+            check(getattr(self, name) >= 0, f"stage.{name}", getattr(self, name), ">= 0")
+        weights = [self.labeled_weight, self.unlabeled_weight, self.feature_weight]
+        check(sum(weights) > 0, "stage weights (labeled, unlabeled, feature)", weights, "not all 0")
+        check(0 <= self.tolerance_margin <= 2, "stage.tolerance_margin", self.tolerance_margin, "0 to 2, on 1 - cos")
+        check(0 <= self.drop_fraction < 1, "stage.drop_fraction", self.drop_fraction, "0 to < 1")
