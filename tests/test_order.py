@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from depthkit.data.order import Location, Order, rank_slots
+from depthkit.data.order import BalancedOrder, Location, Order, rank_slots
 
 
 def make_order(
@@ -154,3 +154,50 @@ def test_slots_of_all_ranks_are_the_batch_in_order():
         assert slots == list(range(6))
     with pytest.raises(ValueError, match=r"6 images .* 4 ranks"):
         rank_slots(6, 0, 4)
+
+
+# Balanced batches
+
+
+def make_balanced(shard_sizes: Sequence[Sequence[int]], *, lanes: int = 6, seed: int = 0) -> BalancedOrder:
+    return BalancedOrder(shard_sizes, num_lanes=lanes, seed=seed, shuffle_block=8)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_every_balanced_batch_holds_as_many_of_each_data_set_on_every_rank(num_ranks: int):
+    order = make_balanced([[40, 7], [5], [3, 3]], lanes=12)
+    for step in range(30):
+        for rank in range(num_ranks):
+            slots = rank_slots(12, rank, num_ranks)
+            counts = Counter(order.locate(12 * step + slot).dataset for slot in slots)
+            assert counts == dict.fromkeys(range(3), 4 // num_ranks)
+
+
+def test_each_balanced_data_set_comes_once_in_each_of_its_own_sweeps():
+    shard_sizes = [[20, 7], [5], [3, 4]]
+    order = make_balanced(shard_sizes)
+    read = [order.locate(position) for position in range(6 * 100)]
+    for dataset, sizes in enumerate(shard_sizes):
+        own = [location for location in read if location.dataset == dataset]
+        for start in range(0, len(own) - sum(sizes) + 1, sum(sizes)):
+            sweep = own[start : start + sum(sizes)]
+            assert Counter(sweep) == Counter(
+                Location(dataset, shard, sample) for shard, size in enumerate(sizes) for sample in range(size)
+            )
+
+
+def test_a_balanced_position_is_a_pure_function_of_the_seed():
+    shard_sizes = [[20, 7], [20, 7]]
+    order = make_balanced(shard_sizes, lanes=4)
+    forwards = [order.locate(position) for position in range(100)]
+    copied = pickle.loads(pickle.dumps(order))
+    assert [copied.locate(position) for position in reversed(range(100))] == forwards[::-1]
+    other = make_balanced(shard_sizes, lanes=4, seed=1)
+    assert [other.locate(position) for position in range(100)] != forwards
+    # Data sets of the same sizes do not walk in step.
+    assert [(a.shard, a.sample) for a in forwards[::2]] != [(b.shard, b.sample) for b in forwards[1::2]]
+
+
+def test_a_batch_that_cannot_be_balanced_is_refused():
+    with pytest.raises(ValueError, match="batch of 5 images cannot hold as many of each of 2"):
+        make_balanced([[3], [3]], lanes=5)

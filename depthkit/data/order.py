@@ -8,7 +8,7 @@ workers, and a resumed run needs nothing but its step. One sweep visits every sa
              a rank touches only the shards of its own lanes
     lane     a stretch is shuffled in blocks of `shuffle_block` samples, which bounds the shards open at a time
 
-Memory and start-up grow with the number of shards, not of samples.
+Memory and start-up grow with the number of shards, not of samples. `BalancedOrder` gives each data set its own sweeps.
 """
 
 from collections.abc import Sequence
@@ -136,6 +136,33 @@ class Order:
 
     def _permute_block(self, sweep: int, lane: int, block: int, size: int) -> np.ndarray:
         return np.random.default_rng([self.seed, 2, sweep, lane, block]).permutation(size).astype(np.int32)
+
+
+class BalancedOrder:
+    """Every batch holds the same number of samples of each data set, whatever their sizes.
+
+    Slot s of a batch is of data set s mod D, so that neighbouring slots are of different ones and every rank with a
+    multiple of D slots has as many of each. Each data set keeps an `Order` of its own and starts anew when it is through.
+    """
+
+    def __init__(
+        self, shard_sizes: Sequence[Sequence[int]], *, num_lanes: int, seed: int, shuffle_block: int
+    ) -> None:
+        self.num_lanes = num_lanes
+        self.shuffle_block = shuffle_block
+        num_datasets = len(shard_sizes)
+        if num_lanes % num_datasets:
+            raise ValueError(f"a batch of {num_lanes} images cannot hold as many of each of {num_datasets} data sets")
+        seeds = np.random.SeedSequence(seed).generate_state(num_datasets).tolist()
+        self.orders = [
+            Order([sizes], [1.0], num_lanes=num_lanes // num_datasets, seed=own_seed, shuffle_block=shuffle_block)
+            for sizes, own_seed in zip(shard_sizes, seeds, strict=True)
+        ]
+
+    def locate(self, position: int) -> Location:
+        """The sample at `position` >= 0."""
+        own_position, dataset = divmod(position, len(self.orders))
+        return self.orders[dataset].locate(own_position)._replace(dataset=dataset)
 
 
 def _steps_before(position, lane, num_lanes: int):  # type: ignore[no-untyped-def]
