@@ -11,7 +11,7 @@ import yaml
 from origins import ORIGINS, TEACHER, UNRECORDED, data_row, trained_on
 
 from depthkit.bundle import BundleFacts
-from depthkit.config import ModelConfig
+from depthkit.config import DPTConfig
 from depthkit.formats.model_card import model_card
 from depthkit.licences import derived_licence
 
@@ -42,7 +42,7 @@ STUDENT: dict[str, Any] = {
 
 
 def facts(provenance: dict[str, Any], *, max_depth: float | None = None, **more: Any) -> BundleFacts:
-    model = ModelConfig(
+    model = DPTConfig(
         encoder="vit_tiny_patch16_224",
         tap_layers=[0, 1, 2, 3],
         features=16,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from depthkit.config import DepthLoss, ModelConfig, OptimConfig, PretrainConfig, StudentConfig, TeacherConfig
+from depthkit.config import DepthLoss, DPTConfig, OptimConfig, PretrainConfig, StudentConfig, TeacherConfig
 from depthkit.evaluation.settings import Alignment, ProtocolConfig
 from depthkit.losses import affine_invariant_loss, gradient_matching_loss, scale_shift_invariant_loss
 from depthkit.models import DepthModel, build_encoder, build_model
@@ -19,7 +19,7 @@ from depthkit.stages.teacher import TeacherModule
 from depthkit.types import Batch, Rejection
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")
-MODEL = ModelConfig(
+MODEL = DPTConfig(
     encoder="vit_tiny_patch16_224",
     encoder_args={"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "init_values": 0.1},
     conv_stem=True,
