@@ -9,8 +9,9 @@ import torch
 import depthkit
 from depthkit.bundle import read_facts
 from depthkit.checks import validate
-from depthkit.config import ConfigError, MetricConfig
-from depthkit.losses import silog_loss
+from depthkit.config import ConfigError, DepthErrorLoss, MetricConfig
+from depthkit.losses import scale_invariant_log_loss, silog_loss
+from depthkit.stages.metric import depth_loss
 from depthkit.train import build_metric, run
 
 METRIC = ["stage=metric", "protocol=metric", "model.max_depth=80", "data.labeled.source.depth_range=[0,80]"]
@@ -40,6 +41,41 @@ def test_silog_by_hand():
     depth, prediction = torch.tensor([[[1.0, 2.0]]]), torch.ones(1, 1, 2)
     found = silog_loss(prediction, depth, torch.ones(1, 1, 2, dtype=torch.bool))
     assert found.item() == pytest.approx(np.log(2) * np.sqrt(1 / 2 - 1 / 8))
+
+
+@pytest.mark.parametrize("focus", [0.0, 0.5, 1.0])
+def test_the_loss_of_eigen_has_no_root(focus: float):
+    """Equation 4 of the paper, sums and all."""
+    rng = np.random.default_rng(1)
+    depth, prediction = rng.uniform(0.5, 80, (2, 1, 20, 30))
+    mask = rng.random((1, 20, 30)) < 0.4
+    found = scale_invariant_log_loss(*map(torch.from_numpy, (prediction, depth, mask)), variance_focus=focus)
+    d, n = np.log(prediction[mask]) - np.log(depth[mask]), mask.sum()
+    assert found.item() == pytest.approx((d**2).sum() / n - focus / n**2 * d.sum() ** 2, rel=1e-5)
+
+
+def test_the_loss_of_zoedepth_has_the_variance_of_a_sample():
+    """10 sqrt(var(g) + 0.15 mean(g)^2) with n - 1 in the variance; one pixel has none."""
+    rng = np.random.default_rng(2)
+    depth, prediction = rng.uniform(0.5, 10, (2, 1, 2, 3))
+    every = np.ones((1, 2, 3), bool)
+    arguments = [torch.from_numpy(each) for each in (prediction, depth, every)]
+    found = 10 * silog_loss(*arguments, variance_focus=0.85, sample_variance=True)
+    g = np.log(prediction) - np.log(depth)
+    assert found.item() == pytest.approx(10 * np.sqrt(np.var(g, ddof=1) + 0.15 * g.mean() ** 2), rel=1e-5)
+    one = torch.zeros(1, 2, 3, dtype=torch.bool)
+    one[0, 0, 0] = True
+    alone = silog_loss(*arguments[:2], one, variance_focus=0.85, sample_variance=True)
+    assert alone.item() == pytest.approx(np.sqrt(0.15) * abs(g[0, 0, 0]), rel=1e-5)
+
+
+def test_the_stage_takes_the_loss_that_is_named():
+    depth, prediction = torch.rand(2, 4, 4) + 1, torch.rand(2, 4, 4) + 1
+    maps = (prediction, depth, torch.ones(2, 4, 4, dtype=torch.bool))
+    root = depth_loss(MetricConfig(variance_focus=0.3))(*maps)
+    square = depth_loss(MetricConfig(loss=DepthErrorLoss.scale_invariant_log, variance_focus=0.3))(*maps)
+    torch.testing.assert_close(root**2, square)
+    assert depth_loss(MetricConfig(sample_variance=True))(*maps)[0] > depth_loss(MetricConfig())(*maps)[0]
 
 
 def test_a_wrong_scale_is_seen_below_a_focus_of_1_alone():

@@ -1,12 +1,13 @@
 """Parameter groups and the schedule, against the rates that the paper states."""
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from depthkit.config import OptimConfig
-from depthkit.optim import build_optimizer, decay_schedule, parameter_groups
+from depthkit.config import Algorithm, ConfigError, OptimConfig, Schedule
+from depthkit.optim import build_optimizer, build_schedule, decay_schedule, parameter_groups
 
 
 class Model(nn.Module):
@@ -21,11 +22,11 @@ def by_name(groups: list[dict]) -> dict[str, dict]:
     return {group["name"]: group for group in groups}
 
 
-def rates(config: OptimConfig, num_steps: int) -> list[list[float]]:
+def rates(config: OptimConfig, num_steps: int, schedule=decay_schedule) -> list[list[float]]:
     """Rate of every group at every step, as a training loop would use them."""
     model = Model()
     optimizer = build_optimizer(parameter_groups(model, model.encoder, config), config)
-    schedule = decay_schedule(optimizer, config, num_steps=num_steps)
+    schedule = schedule(optimizer, config, num_steps=num_steps)
     used = []
     for _ in range(num_steps):
         used.append([group["lr"] for group in optimizer.param_groups])
@@ -135,3 +136,60 @@ def test_gradients_can_be_clipped_in_mixed_precision():
     for precision in ("32-true", "bf16-mixed"):
         for after, before in zip(clipped_step(precision), start, strict=True):
             assert (after - before).abs().max() < 0.1 * CONFIG.encoder_lr
+
+
+def test_layers_have_rates_of_their_own():
+    """The longest start holds, whole names only, and no parameter is in two groups."""
+    model = Model()
+    rates = {"encoder.0": 1e-3, "encoder.0.bias": 2e-3, "scale": 0.5}
+    groups = by_name(parameter_groups(model, model.encoder, OptimConfig(layer_lrs=rates)))
+    assert {name: group["lr"] for name, group in groups.items()} == pytest.approx(
+        {"encoder": 5e-6, "decoder": 5e-5, **rates}
+    )
+    found = {name: [id(parameter) for parameter in group["params"]] for name, group in groups.items()}
+    first, second = model.encoder
+    assert found == {
+        "encoder": [id(second.weight), id(second.bias)],
+        "decoder": [id(model.decoder.weight), id(model.decoder.bias)],
+        "encoder.0": [id(first.weight)],
+        "encoder.0.bias": [id(first.bias)],
+        "scale": [id(model.scale)],
+    }
+
+
+@pytest.mark.parametrize("name", ["encoder.7", "enc", "scale.x"])
+def test_a_rate_for_no_layer_is_refused(name: str):
+    with pytest.raises(ConfigError, match=rf"optim\.layer_lrs\.{name}: no parameter .*encoder, decoder"):
+        parameter_groups(Model(), Model().encoder, OptimConfig(layer_lrs={name: 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
+)
+def test_the_algorithm_is_the_one_that_is_named(algorithm: str, expected: type):
+    config = OptimConfig(algorithm=Algorithm(algorithm), momentum=0.7, betas=[0.8, 0.9], weight_decay=0.3)
+    model = Model()
+    optimizer = build_optimizer(parameter_groups(model, model.encoder, config), config)
+    assert type(optimizer) is expected
+    assert optimizer.defaults["weight_decay"] == 0.3
+    assert optimizer.defaults.get("momentum", 0.7) == 0.7
+    assert optimizer.defaults.get("betas", (0.8, 0.9)) == (0.8, 0.9)
+
+
+def test_one_cycle_rises_and_falls_along_a_cosine():
+    """ZoeDepth's numbers: at the peak from the first step for 70 % of them, then down to 1e-4 of it."""
+    one_cycle = {"schedule": Schedule.one_cycle, "rise_fraction": 0.7, "start_lr_fraction": 1.0}
+    config = OptimConfig(encoder_lr=2.0, decoder_lr_multiplier=3.0, final_lr_fraction=1e-4, **one_cycle)
+    found = np.array(rates(config, num_steps=100, schedule=build_schedule))
+    np.testing.assert_allclose(found[:, 1], 3 * found[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(found[:70, 0], 2.0)
+    way = (np.arange(100) - (0.7 * 101 - 1)) / (100 - (0.7 * 101 - 1))
+    falling = 2e-4 + (2 - 2e-4) * (1 + np.cos(np.pi * way)) / 2
+    np.testing.assert_allclose(found[70:, 0], falling[70:], rtol=1e-6)
+
+
+def test_one_cycle_refuses_what_it_does_not_do():
+    with pytest.raises(ConfigError, match=r"optim\.warmup_steps=5: must be 0"):
+        OptimConfig(schedule=Schedule.one_cycle, warmup_steps=5, final_lr_fraction=0.1)
+    with pytest.raises(ConfigError, match=r"optim\.final_lr_fraction=0\.0: must be > 0"):
+        OptimConfig(schedule=Schedule.one_cycle)
