@@ -13,7 +13,7 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 METRICS = ("metrics", "metrics_edges", "metrics_pairs", "metrics_pixels", "metrics_video")
-LOSSES = ("losses", "multitask", "normals")
+LOSSES = ("losses", "multitask", "normals", "pareto")
 MATHEMATICS = {f"depthkit.{name}" for name in ("types", "geometry", "alignment", *LOSSES, *METRICS)}
 
 
