@@ -63,8 +63,8 @@ def photometric_error(warped: Tensor, image: Tensor, *, ssim_weight: float = 0.8
 def minimum_reprojection_loss(errors: Tensor, valid_masks: Tensor, static_errors: Tensor | None = None) -> Tensor:
     """Mean over the pixels that count of the smallest of the sources' errors; 0 where no pixel counts.
 
-    `errors`, `valid_masks` are (S, B, H, W): photometric errors of S warped sources and where each is known. The minimum
-    forgives what only one neighbour hides. With `static_errors` (S, B, H, W), those of the sources as they are, a pixel
+    `errors`, `valid_masks` are (S, B, H, W): photometric errors of S warped sources and where each is known. The
+    minimum forgives what only one neighbour hides. With `static_errors` (S, B, H, W), those of the sources as they are, a pixel
     counts only where warping is better than not warping: what moves along with the camera, and a camera that stands
     still, teach nothing. Source: monodepth2 (Godard et al. 2019) sections 3.1 and 3.2.
     """

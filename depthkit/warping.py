@@ -54,7 +54,7 @@ def scaled_intrinsics(intrinsics_px: Tensor, factor: float) -> Tensor:
 
 
 def back_project(depth: Tensor, intrinsics_px: Tensor) -> Tensor:
-    """Points (B, 3, H, W) in the camera: `z * ((u - cx) / fx, (v - cy) / fy, 1)` at the centres (u, v) of the pixels."""
+    """Points (B, 3, H, W) in the camera: `z * ((u - cx) / fx, (v - cy) / fy, 1)` at pixel centres (u, v)."""
     depth = depth.float()
     height, width = depth.shape[-2:]
     fx, fy, cx, cy = (value[:, None] for value in intrinsics_px.float().unbind(1))
@@ -92,8 +92,8 @@ FAR_OUTSIDE_PX = -1e4
 def sample_bilinear(image: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """`image` (B, C, H, W) at pixel coordinates (B, h, w, 2): values (B, C, h, w) and the principled mask (B, h, w).
 
-    The mask is True where all four pixels that are blended lie inside the image (vid2depth section 3.2); outside, values
-    are those of the nearest border.
+    The mask is True where all four pixels that are blended lie inside the image (vid2depth section 3.2); outside, the
+    values are those of the nearest border.
     """
     height, width = image.shape[-2:]
     size = coordinates.new_tensor([width, height])

@@ -13,8 +13,9 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 METRICS = ("metrics", "metrics_edges", "metrics_pairs", "metrics_pixels", "metrics_video")
+VIDEO = ("warping", "losses_video", "icp")
 LOSSES = ("losses", "multitask", "normals", "pareto")
-MATHEMATICS = {f"depthkit.{name}" for name in ("types", "geometry", "alignment", *LOSSES, *METRICS)}
+MATHEMATICS = {f"depthkit.{name}" for name in ("types", "geometry", "alignment", *VIDEO, *LOSSES, *METRICS)}
 
 
 def nodes(node: ast.AST, *, into_functions: bool) -> Iterator[ast.AST]:
