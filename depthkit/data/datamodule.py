@@ -168,16 +168,17 @@ def build_streams(
                 [dataset.weight for dataset in group.values()],
                 images_per_step=images_per_step,
                 crop_size=(config.crop_size[0], config.crop_size[1]),
-                augment=config.augment if name == "unlabeled" else flip_only(config.augment),
+                augment=config.augment if name == "unlabeled" else weak(config.augment),
                 seed=seed,
                 shuffle_block=config.shuffle_block,
+                balanced=config.balanced,
             )
     return streams
 
 
-def flip_only(augment: AugmentConfig) -> AugmentConfig:
-    """What labeled images get: the horizontal flip and nothing else (V1 section 4)."""
-    return AugmentConfig(horizontal_flip=augment.horizontal_flip)
+def weak(augment: AugmentConfig) -> AugmentConfig:
+    """What labeled images get: the horizontal flip (V1 section 4) and, if asked, another camera."""
+    return AugmentConfig(horizontal_flip=augment.horizontal_flip, camera=augment.camera)
 
 
 def render_missing(group: Mapping[str, DatasetConfig]) -> None:

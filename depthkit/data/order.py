@@ -141,13 +141,11 @@ class Order:
 class BalancedOrder:
     """Every batch holds the same number of samples of each data set, whatever their sizes.
 
-    Slot s of a batch is of data set s mod D, so that neighbouring slots are of different ones and every rank with a
-    multiple of D slots has as many of each. Each data set keeps an `Order` of its own and starts anew when it is through.
+    Slot s of a batch is of data set s mod D, so that every rank with a multiple of D slots has as many of each. Each
+    data set keeps an `Order` of its own and starts anew when it is through.
     """
 
-    def __init__(
-        self, shard_sizes: Sequence[Sequence[int]], *, num_lanes: int, seed: int, shuffle_block: int
-    ) -> None:
+    def __init__(self, shard_sizes: Sequence[Sequence[int]], *, num_lanes: int, seed: int, shuffle_block: int) -> None:
         self.num_lanes = num_lanes
         self.shuffle_block = shuffle_block
         num_datasets = len(shard_sizes)

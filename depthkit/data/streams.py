@@ -8,10 +8,10 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from depthkit.config import AugmentConfig
-from depthkit.data.order import Order, rank_slots
+from depthkit.data.order import BalancedOrder, Order, rank_slots
 from depthkit.data.quarantine import SampleError
 from depthkit.data.reader import DatasetReader
-from depthkit.data.transforms import PhotometricPerturbation, sample_cutmix_box
+from depthkit.data.transforms import PhotometricPerturbation, draw_camera, sample_cutmix_box, take_again
 from depthkit.data.windows import random_window
 from depthkit.types import Batch, Rejection, Sample
 
@@ -40,6 +40,7 @@ class Stream:
         augment: AugmentConfig,
         seed: int,
         shuffle_block: int,
+        balanced: bool = False,
     ) -> None:
         self.name = name
         self.readers = readers
@@ -49,21 +50,18 @@ class Stream:
         # Streams differ in their random numbers, whatever else they share.
         self.seed = int(np.random.SeedSequence([seed, *name.encode()]).generate_state(1)[0])
         self.perturb = PhotometricPerturbation(augment)
-        self.order = Order(
-            [reader.shard_sizes for reader in readers],
-            weights,
-            num_lanes=images_per_step,
-            seed=self.seed,
-            shuffle_block=shuffle_block,
-        )
+        shard_sizes = [reader.shard_sizes for reader in readers]
+        lanes = {"num_lanes": images_per_step, "seed": self.seed, "shuffle_block": shuffle_block}
+        self.order = BalancedOrder(shard_sizes, **lanes) if balanced else Order(shard_sizes, weights, **lanes)
 
     def generator(self, position: int) -> np.random.Generator:
-        """The random numbers of one position: window, flip, perturbation, CutMix box, in this order."""
+        """The random numbers of one position: camera, window, flip, perturbation, CutMix box, in this order."""
         return np.random.default_rng([self.seed, position])
 
     def load(self, position: int) -> tuple[Sample, tuple[int, int, int, int]]:
         """The sample at `position` and its CutMix box. A broken sample gives way to the next one of its lane."""
         generator = self.generator(position)
+        camera = draw_camera(self.augment.camera, generator)
         rejections: list[Rejection] = []
         for attempt in range(MAX_ATTEMPTS):
             location = self.order.locate(position + attempt * self.images_per_step)
@@ -73,12 +71,17 @@ class Stream:
                     location.shard,
                     location.sample,
                     lambda size: random_window(
-                        size, self.crop_size, generator, flip_probability=self.augment.horizontal_flip
+                        size,
+                        self.crop_size,
+                        generator,
+                        flip_probability=self.augment.horizontal_flip,
+                        zoom=camera.zoom,
                     ),
                 )
             except SampleError as error:
                 rejections.append(reader.rejection(location.shard, location.sample, error))
                 continue
+            take_again(sample, camera, reader.kind)
             sample.image = self.perturb(sample.image, generator)
             sample.rejections = rejections
             return sample, sample_cutmix_box(self.crop_size, self.augment, generator)

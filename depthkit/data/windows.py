@@ -31,10 +31,15 @@ class Window:
 
 
 def random_window(
-    image_size: tuple[int, int], crop_size: tuple[int, int], generator: np.random.Generator, *, flip_probability: float
+    image_size: tuple[int, int],
+    crop_size: tuple[int, int],
+    generator: np.random.Generator,
+    *,
+    flip_probability: float,
+    zoom: float = 1.0,
 ) -> Window:
-    """The window of "resize so that the image covers `crop_size`, crop at random, flip with a probability"."""
-    height, width = covering_size(image_size, crop_size)
+    """The window of "resize so that the image covers `crop_size`, and by `zoom` >= 1 on top, crop at random, flip"."""
+    height, width = (max(1, round(side / zoom)) for side in covering_size(image_size, crop_size))
     top = int(generator.integers(image_size[0] - height + 1))
     left = int(generator.integers(image_size[1] - width + 1))
     return Window(top, left, height, width, crop_size, flip=bool(generator.random() < flip_probability))

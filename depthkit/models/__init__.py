@@ -1,4 +1,5 @@
-from depthkit.models.depth_model import DepthModel, build_encoder, build_model, num_parameters
+from depthkit.models.build import build_encoder, build_model
+from depthkit.models.depth_model import DepthModel, num_parameters
 from depthkit.models.encoder import Encoder, PlainEncoder, create_encoder
 
 __all__ = ["DepthModel", "Encoder", "PlainEncoder", "build_encoder", "build_model", "create_encoder", "num_parameters"]

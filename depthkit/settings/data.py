@@ -104,6 +104,7 @@ class DataConfig:
     crop_size: list[int] = field(default_factory=lambda: [518, 518])  # height, width of a training crop
     batch_size: int = 1  # images per optimizer micro-step over all ranks, labeled and unlabeled together
     unlabeled_per_labeled: int = 2
+    balanced: bool = False  # as many images of each data set in every batch, instead of by size and weight
     shuffle_block: int = 4096  # samples of a lane that are shuffled together: bounds the shards open at a time
     num_workers: int = 4  # loader processes per rank
     quarantine_budget: float = 0.01  # share of broken samples that ends the run
@@ -124,6 +125,19 @@ class DataConfig:
                 self.batch_size,
                 f"a multiple of {part}, so that labeled:unlabeled is exactly 1:{self.unlabeled_per_labeled}",
             )
+        if self.balanced:
+            self._check_balance()
+
+    def _check_balance(self) -> None:
+        for stream, count in self.images_per_step().items():
+            datasets: dict[str, DatasetConfig] = getattr(self, stream)
+            allowed = (
+                f"such that its {count} {stream} images hold as many of each of {', '.join(datasets)} (data.balanced)"
+            )
+            check(not datasets or count % len(datasets) == 0, "data.batch_size", self.batch_size, allowed)
+            for name, dataset in datasets.items():
+                allowed = "1 with data.balanced=true, which gives every data set the same share"
+                check(dataset.weight == 1, f"data.{stream}.{name}.weight", dataset.weight, allowed)
 
     def images_per_step(self) -> dict[str, int]:
         """Images of each stream in a batch over all ranks; a stream without data sets has 0."""

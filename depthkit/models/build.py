@@ -1,0 +1,49 @@
+"""From settings to networks with random weights."""
+
+from collections.abc import Callable
+
+from depthkit.config import DPTConfig, Eigen2014Config, ModelConfig
+from depthkit.models.depth_model import DepthModel
+from depthkit.models.dpt import DPTDecoder
+from depthkit.models.eigen import Eigen2014
+from depthkit.models.encoder import Encoder, create_encoder
+
+
+def build_encoder(config: DPTConfig, *, pretrained: bool = False) -> Encoder:
+    """The encoder alone, with random weights or, `pretrained`, with timm's (downloaded from its hub)."""
+    return create_encoder(
+        config.encoder,
+        tap_layers=config.tap_layers,
+        conv_stem=config.conv_stem,
+        pretrained=pretrained,
+        **config.encoder_args,
+    )
+
+
+def build_dpt(config: DPTConfig, *, pretrained_encoder: bool = False) -> DepthModel:
+    encoder = build_encoder(config, pretrained=pretrained_encoder)
+    decoder = DPTDecoder(
+        widths=encoder.widths,
+        strides=encoder.strides,
+        features=config.features,
+        out_channels=config.out_channels,
+        max_depth=config.max_depth,
+    )
+    return DepthModel(encoder, decoder)
+
+
+def build_eigen2014(config: Eigen2014Config, *, pretrained_encoder: bool = False) -> DepthModel:
+    assert not pretrained_encoder, "refused while composing: it is not in timm"
+    return Eigen2014(config)
+
+
+BUILDERS: dict[type[ModelConfig], Callable[..., DepthModel]] = {
+    DPTConfig: build_dpt,
+    Eigen2014Config: build_eigen2014,
+}
+"""Settings -> what builds their network: `build(config, pretrained_encoder=False)`."""
+
+
+def build_model(config: ModelConfig, *, pretrained_encoder: bool = False) -> DepthModel:
+    """The model that `config` describes, with random weights (encoder from timm's hub with `pretrained_encoder`)."""
+    return BUILDERS[type(config)](config, pretrained_encoder=pretrained_encoder)
