@@ -44,6 +44,7 @@ class BundleFacts:
     model: ModelConfig
     kind: Kind  # what `values` of the model are
     short_side: int  # pixels; the size it was trained at and predicts at by default
+    canonical_focal_px: float | None = None  # depth is as a camera of this focal length would see it; null: as it is
     sha256: str = ""  # of the weights file
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD

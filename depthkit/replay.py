@@ -21,8 +21,9 @@ from depthkit.files import atomic_write
 from depthkit.runtime.bad_steps import Step
 from depthkit.runtime.checkpoint import is_whole, steps_of
 from depthkit.runtime.seeding import SeedBatches
-from depthkit.train import STAGES, build_data
-from depthkit.types import Batch
+from depthkit.settings.model import ARCHITECTURES
+from depthkit.train import build_data, build_module
+from depthkit.types import Batch, Kind
 from depthkit.visualize import PictureRow, Tile, colorize, kind_scale, picture_grid, render, value_range
 
 
@@ -54,7 +55,7 @@ def replay(run_dir: Path, step: int, checkpoint: Path | None, out: Path | None, 
     if not 0 <= step < config.trainer.max_steps:
         raise ConfigError(f"--step {step}: the run has the steps 0 to {config.trainer.max_steps - 1}")
     L.seed_everything(config.seed, workers=True, verbose=False)
-    module = STAGES[type(config.stage)](config)
+    module = build_module(config)
     path = checkpoint or nearest_checkpoint(run_dir / "checkpoints", step)
     if path is not None and path.is_dir():
         raise ConfigError(f"{path}: the weights are spread over ranks; give a file as --checkpoint")
@@ -83,6 +84,7 @@ def compute(
     world_size, accumulated = config.trainer.devices * config.trainer.num_nodes, config.trainer.accumulate_grad_batches
     config.data.num_workers = 0
     data = build_data(config)
+    kind = config.stage.target_kind or "disparity"
     losses = []
     print(f"{'stream':<10} {'image':<8} {'target':<20} {'valid':>6}  losses, data set, key, shard")
     for rank in range(world_size):
@@ -97,7 +99,7 @@ def compute(
             outputs: Any = {"loss": result} if isinstance(result, Tensor) else result
             (outputs["loss"] / (accumulated * world_size)).backward()
             losses.append(outputs["loss"].item())
-            show(step, batch, pixels, outputs.get("image_losses", {}), out)
+            show(step, batch, pixels, outputs.get("image_losses", {}), kind, out)
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     return sum(losses) / len(losses), float(torch.nn.utils.get_total_norm(gradients))
 
@@ -107,6 +109,7 @@ def show(
     batch: Mapping[str, Batch],
     pixels: Mapping[str, Tensor],
     image_losses: Mapping[str, Tensor],
+    kind: Kind,
     out: Path | None,
 ) -> None:
     """A line for each sample, as the model saw it but with the image before normalisation; and its picture."""
@@ -130,12 +133,13 @@ def show(
                 image.transpose(1, 2, 0),
                 target,
                 mask,
+                kind,
                 out / f"{sample['stream']}-{sample['dataset']}-{sample['key']}.png",
             )
 
 
-def draw(image: np.ndarray, target: np.ndarray, valid_mask: np.ndarray, path: Path) -> None:
-    scale = kind_scale("disparity", *value_range(target, valid_mask))
+def draw(image: np.ndarray, target: np.ndarray, valid_mask: np.ndarray, kind: Kind, path: Path) -> None:
+    scale = kind_scale(kind, *value_range(target, valid_mask))
     tiles = [Tile(path.stem, image), Tile("target", colorize(target, valid_mask, scale))]
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -147,8 +151,10 @@ def load_settings(path: Path) -> TrainConfig:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; give the folder of a run")
     settings = OmegaConf.load(path)
-    schema = TrainConfig(stage=SCHEMAS["stage", f"base_{settings.stage.name}"]())
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), settings))
+    schema = OmegaConf.structured(TrainConfig)
+    schema.stage = SCHEMAS["stage", f"base_{settings.stage.name}"]
+    schema.model = ARCHITECTURES[settings.model.get("architecture", "dpt")]  # older runs do not say it
+    config = OmegaConf.to_object(OmegaConf.merge(schema, settings))
     assert isinstance(config, TrainConfig)
     return config
 

@@ -27,6 +27,9 @@ class Stub:
         self.options: dict[str, object] = {}
         self.check: Callable[[list[np.ndarray]], None] = lambda images: None
 
+    def focal_lengths(self, focal_px: float | None, num_images: int) -> list[float | None]:
+        return [focal_px] * num_images
+
     def predict(self, images: list[np.ndarray], **options: object) -> list[Prediction]:
         self.batches.append([image.shape[:2] for image in images])
         self.options = options

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from depthkit.data.cameras import image_facts, image_intrinsics
 from depthkit.data.decode import decode_image, decode_target, read_facts
 from depthkit.data.manifest import TargetSpec, load_manifest
 from depthkit.data.quarantine import SampleError
@@ -21,11 +22,15 @@ from depthkit.types import Prediction, Rejection
 
 
 class Case(NamedTuple):
-    """One image, (H, W, 3) uint8 RGB, and its ground truth, (h, w): planar z, in metres if the data set is metric."""
+    """One image, (H, W, 3) uint8 RGB, and its ground truth, (h, w): planar z, in metres if the data set is metric.
+
+    `focal_px` is the horizontal focal length in pixels of the image, NaN where it is not known.
+    """
 
     image: np.ndarray
     depth: np.ndarray
     valid_mask: np.ndarray
+    focal_px: float = float("nan")
 
 
 class EvaluationSet:
@@ -84,7 +89,8 @@ class EvaluationSet:
         image = decode_image(image_member(members))
         depth, valid_mask = _depth(members, target)
         _check_aspect(image, depth)
-        return Case(image, depth, valid_mask)
+        focal_px = float(image_intrinsics(image_facts(members), (image.shape[0], image.shape[1]))[0])
+        return Case(image, depth, valid_mask, focal_px)
 
     def rejection(self, shard: int, key: str, reason: str) -> Rejection:
         return Rejection(dataset=self.name, shard=self.manifest.shards[shard].path, key=key, reason=reason)
@@ -107,7 +113,8 @@ def cut(case: Case, protocol: ProtocolConfig) -> Case:
         )
     top, left = size[0] - height, (size[1] - width) // 2
     window = slice(top, top + height), slice(left, left + width)
-    return Case(case.image[window], case.depth[window], case.valid_mask[window])
+    image, depth, valid_mask = (part[window] for part in case[:3])
+    return case._replace(image=image, depth=depth, valid_mask=valid_mask)
 
 
 def check_enough_pixels(case: Case, protocol: ProtocolConfig) -> int:

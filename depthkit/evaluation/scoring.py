@@ -19,6 +19,7 @@ from depthkit.evaluation.pairs import PairCase, count_pairs, read_pairs, score_p
 from depthkit.evaluation.protocols import rank_correlation
 from depthkit.evaluation.settings import GroundTruth, ProtocolConfig
 from depthkit.inference.depth_files import ahead
+from depthkit.inference.predictor import Predictor
 from depthkit.types import Prediction
 
 Scores = dict[str, float]
@@ -132,11 +133,10 @@ class Scoring:
         """The same with the predictions of all models."""
         if reading.case is None:
             return reading
-        image = np.ascontiguousarray(reading.case.image)
         predictions = {
             name: reading.predictions[name]
             if isinstance(model, StoredPredictions)
-            else model.predict(image, flip=self.protocol.flip)
+            else predict_case(model, reading.case, reading.key, self.protocol)
             for name, model in self.models.items()
         }
         for name, prediction in predictions.items():
@@ -178,6 +178,17 @@ class Scoring:
         if model.find(dataset.name, key) is not None or replace(self, models={}).read(place).reason:
             return ""
         return str(model.folder_of(dataset.name) / key)
+
+
+def predict_case(model: Model, case: Case | PairCase, key: str, protocol: ProtocolConfig) -> Prediction:
+    """ValueError where the model needs to know the camera of an image, and the data set does not say it."""
+    assert not isinstance(model, StoredPredictions)
+    image = np.ascontiguousarray(case.image)
+    if not (isinstance(model, Predictor) and model.facts.canonical_focal_px):
+        return model.predict(image, flip=protocol.flip)
+    if not isinstance(case, Case) or not np.isfinite(case.focal_px):
+        raise ValueError(f"model {model.name}: {key} states no focal length (`intrinsics_px`), which the model needs")
+    return model.predict(image, flip=protocol.flip, focal_px=case.focal_px)
 
 
 def check_not_transposed(prediction: Prediction, whole: Case | PairCase) -> None:

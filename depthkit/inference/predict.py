@@ -42,13 +42,15 @@ WAITING_PIXELS = 100_000_000  # of images that wait for others of their size
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    options = {name: getattr(arguments, name) for name in ("short_side", "flip", "tile")}
+    options = {name: getattr(arguments, name) for name in ("short_side", "flip", "tile", "focal_px")}
     loading = {name: getattr(arguments, name) for name in ("device", "precision", "compile", "taps", "max_depth")}
     try:
         paths = find_inputs(arguments.input)
         bases = output_bases(paths, arguments.out, arguments.format)
+        predictor = load(arguments.model, **loading)
+        predictor.focal_lengths(arguments.focal_px, num_images=1)
         job = DepthJob(
-            predictor=load(arguments.model, **loading),
+            predictor=predictor,
             format=arguments.format,
             batch_size=arguments.batch_size,
             options={name: value for name, value in options.items() if value},
@@ -84,6 +86,12 @@ def parser() -> argparse.ArgumentParser:
         type=positive_int,
         metavar="PIXELS",
         help="side of overlapping tiles in which larger images are predicted too, for finer detail (default: none)",
+    )
+    add(
+        "--focal-px",
+        type=float,
+        metavar="PIXELS",
+        help="horizontal focal length of the camera in pixels of its images, for models that were trained with it",
     )
     group = parser.add_argument_group("speed")
     add = group.add_argument

@@ -1,6 +1,6 @@
 """Predicting with a finished model: images in, `Prediction` out."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -56,6 +56,7 @@ class Predictor:
         short_side: int | None = None,
         flip: bool = False,
         tile: int | None = None,
+        focal_px: float | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> Prediction: ...
     @overload
@@ -66,6 +67,7 @@ class Predictor:
         short_side: int | None = None,
         flip: bool = False,
         tile: int | None = None,
+        focal_px: float | Sequence[float] | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> list[Prediction]: ...
     def predict(
@@ -75,6 +77,7 @@ class Predictor:
         short_side: int | None = None,
         flip: bool = False,
         tile: int | None = None,
+        focal_px: float | Sequence[float] | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> Prediction | list[Prediction]:
         """Predict one image or a list: (H, W, 3) uint8 RGB arrays or paths. Values come at the size of the image.
@@ -87,6 +90,9 @@ class Predictor:
         `tile` pixels at its own resolution, on the scale of the prediction at `short_side` (`tiling.blend_tiles`);
         for one that the network sees at its own resolution anyway, tiles change nothing and are left out.
 
+        `focal_px` is the horizontal focal length in pixels of the image as it is given, one for all images or one for
+        each: what a model with `canonical_focal_px` in its facts needs to say metres, and others do not take.
+
         Images of a list are read one after the other and go through the network in batches of up to `batch_size` that
         have the same size for it. SampleError and OSError name the file that cannot be read, ValueError what is no
         image.
@@ -96,29 +102,53 @@ class Predictor:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         images = image if isinstance(image, list) else [image]
+        focal_lengths = self.focal_lengths(focal_px, len(images))
         if tile is None:
-            predictions = self._predict_batched(images, flip=flip, **sizes)
+            predictions = self._predict_batched(images, focal_lengths, flip=flip, **sizes)
         else:
-            predictions = [self._predict_tiled(read_image(item), tile, flip=flip, **sizes) for item in images]
+            predictions = [
+                self._predict_tiled(read_image(item), focal, tile, flip=flip, **sizes)
+                for item, focal in zip(images, focal_lengths, strict=True)
+            ]
         return predictions if isinstance(image, list) else predictions[0]
 
+    def focal_lengths(self, focal_px: float | Sequence[float] | None, num_images: int) -> list[float | None]:
+        """One for each image, None where the model takes none; ValueError where one is missing or not needed."""
+        if self.facts.canonical_focal_px is None:
+            if focal_px is not None:
+                raise ValueError(f"focal_px={focal_px}: {self.name} was trained without focal lengths; leave it out")
+            return [None] * num_images
+        given: list[float | None] = [*focal_px] if isinstance(focal_px, Sequence) else [focal_px] * num_images
+        if len(given) != num_images or not all(value is not None and 0 < value < float("inf") for value in given):
+            raise ValueError(
+                f"focal_px={focal_px}: {self.name} needs the horizontal focal length of each image, in its pixels"
+            )
+        return given
+
     @torch.inference_mode()
-    def _predict_batched(self, images: Images, *, short_side: int, flip: bool, batch_size: int) -> list[Prediction]:
+    def _predict_batched(
+        self, images: Images, focal_lengths: list[float | None], *, short_side: int, flip: bool, batch_size: int
+    ) -> list[Prediction]:
         predictions: dict[int, Prediction] = {}
-        inputs = (self._input(index, read_image(image), short_side) for index, image in enumerate(images))
+        inputs = (
+            self._input(index, read_image(image), short_side, focal)
+            for index, (image, focal) in enumerate(zip(images, focal_lengths, strict=True))
+        )
         for batch in batches_of_one_size(inputs, batch_size):
-            values = self._run([item.pixels for item in batch], flip=flip)
-            for item, one in zip(batch, values, strict=True):
-                predictions[item.index] = self._prediction(resize_values(one[None], item.image_size)[0])
+            maps = self._run([item.pixels for item in batch], flip=flip)
+            for item, one in zip(batch, maps, strict=True):
+                values = resize_values(one[None], item.image_size)[0] * item.factor
+                predictions[item.index] = self._prediction(values)
         return [predictions[index] for index in range(len(images))]
 
     @torch.inference_mode()
     def _predict_tiled(
-        self, pixels: np.ndarray, tile: int, *, short_side: int, flip: bool, batch_size: int
+        self, pixels: np.ndarray, focal_px: float | None, tile: int, *, short_side: int, flip: bool, batch_size: int
     ) -> Prediction:
-        whole = self._input(0, pixels, short_side)
+        whole = self._input(0, pixels, short_side, focal_px)
         resolution = whole.pixels.shape[0], whole.pixels.shape[1]
-        coarse = resize_values(self._run([whole.pixels], flip=flip), whole.image_size)[0]
+        # Tiles are brought to the scale of this one, so they need no focal length.
+        coarse = resize_values(self._run([whole.pixels], flip=flip), whole.image_size)[0] * whole.factor
         if max(whole.image_size) <= tile or all(
             r >= side for r, side in zip(resolution, whole.image_size, strict=True)
         ):
@@ -134,10 +164,13 @@ class Predictor:
         fine = blend_tiles(coarse, predict_boxes, tile=tile, resolution=resolution, batch_size=batch_size)
         return self._prediction(fine.clamp_(min=0))
 
-    def _input(self, index: int, pixels: np.ndarray, short_side: int) -> "Input":
+    def _input(self, index: int, pixels: np.ndarray, short_side: int, focal_px: float | None) -> "Input":
         image_size = pixels.shape[0], pixels.shape[1]
         resized = resize_image(pixels, inference_size(image_size, short_side, self.multiple))
-        return Input(index=index, image_size=image_size, pixels=resized)
+        canonical, factor = self.facts.canonical_focal_px, 1.0
+        if canonical is not None and focal_px is not None:
+            factor = focal_px * resized.shape[1] / image_size[1] / canonical
+        return Input(index=index, image_size=image_size, pixels=resized, factor=factor)
 
     def _run(self, images: list[np.ndarray], *, flip: bool) -> Tensor:
         """Resized images of one size, (h, w, 3) float32 of 0 to 255, to values (B, h, w) on the device."""
@@ -152,11 +185,13 @@ class Predictor:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """An image of a list on its way to the network: `pixels` (h, w, 3) float32 of 0 to 255."""
+    """An image of a list on its way to the network: `pixels` (h, w, 3) float32 of 0 to 255, and what the values that
+    come back are multiplied by."""
 
     index: int
     image_size: tuple[int, int]
     pixels: np.ndarray
+    factor: float
 
 
 def batches_of_one_size(inputs: Iterable[Input], batch_size: int) -> Iterator[list[Input]]:
