@@ -13,6 +13,7 @@ from depthkit.config import (
     PseudoLabelConfig,
     StudentConfig,
     TrainConfig,
+    TransferMode,
     check,
 )
 from depthkit.data.manifest import load_manifest
@@ -36,6 +37,7 @@ def validate(config: TrainConfig, pending: Collection[str] = ()) -> None:
         return
     check_streams(config)
     check_model(config)
+    check_transfer(config)
     check_sizes(config)
     check_steps(config)
     kind = config.stage.target_kind
@@ -195,6 +197,20 @@ def check_model(config: TrainConfig) -> None:
             raise ConfigError(
                 f"trainer.activation_checkpointing=True and model {config.model.title}: {reason}"
             ) from error
+
+
+def check_transfer(config: TrainConfig) -> None:
+    """What is not trained comes from weights that were, and the encoder has the blocks that are asked for."""
+    mode = config.transfer.mode
+    if mode is TransferMode.full:
+        return
+    is_pretrain = isinstance(config.stage, PretrainConfig)
+    check(not is_pretrain, "transfer.mode", mode.value, "full with stage=pretrain: it trains the encoder")
+    allowed = f"timm or a bundle with transfer.mode={mode.value}: random weights that stay as they are teach nothing"
+    check(config.stage.encoder_weights is not None, "stage.encoder_weights", None, allowed)
+    from depthkit.transfer import apply_to_encoder
+
+    apply_to_encoder(describe_encoder(config.model), config.transfer)
 
 
 def size_multiple(model: ModelConfig) -> int:

@@ -11,6 +11,8 @@ from depthkit.config import DPTConfig
 from depthkit.models import DepthModel, Encoder, build_encoder, build_model, num_parameters
 from depthkit.runtime.checkpoint import is_whole, read_facts
 from depthkit.settings.model import read_model
+from depthkit.settings.transfer import read_transfer
+from depthkit.transfer import apply_transfer, merge_adapters
 
 
 def load_checkpoint(path: Path) -> tuple[DepthModel | Encoder, BundleFacts]:
@@ -27,14 +29,18 @@ def load_checkpoint(path: Path) -> tuple[DepthModel | Encoder, BundleFacts]:
     config = read_model(settings["model"])
     is_encoder = settings["stage"]["name"] == "pretrain"
     model: DepthModel | Encoder
+    transfer = read_transfer(settings.get("transfer", {}))
     if is_encoder:
         assert isinstance(config, DPTConfig)
         model = build_encoder(config)
     else:
         model = build_model(config)
+        apply_transfer(model, transfer)
     prefix = "encoder." if is_encoder else "model."
     weights = read_weights(path)
     load_strict(model, {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}, path)
+    if isinstance(model, DepthModel):
+        model = merge_adapters(model, transfer)
     return model.eval(), BundleFacts(
         content="encoder" if is_encoder else "depth_model",
         model=config,

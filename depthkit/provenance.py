@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import depthkit
 from depthkit.bundle import read_facts
-from depthkit.config import DPTConfig, TrainConfig
+from depthkit.config import DPTConfig, TrainConfig, TransferMode
 from depthkit.data.manifest import load_manifest
 from depthkit.data.remote import is_remote
 from depthkit.licences import NOT_STATED, stated_licences
@@ -123,6 +123,7 @@ def hyperparameters(config: TrainConfig) -> dict[str, dict[str, Any]]:
     return {
         "stage": {name: value for name, value in settings["stage"].items() if name not in ("name", "encoder_weights")},
         "optim": settings["optim"],
+        "transfer": {} if config.transfer.mode is TransferMode.full else settings["transfer"],
         "batch": {
             "images": images,
             "crop_size": settings["data"]["crop_size"],

@@ -34,6 +34,7 @@ from depthkit.stages.metric import MetricModule
 from depthkit.stages.pretrain import PretrainModule
 from depthkit.stages.student import StudentModule
 from depthkit.stages.teacher import TeacherModule
+from depthkit.transfer import apply_transfer, merge_adapters
 
 
 def main(argv: list[str]) -> int:
@@ -64,7 +65,7 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
         print(f"{run_dir / 'bundle'} is there: this run is finished; resume=never trains again in the same folder")
         return read_facts(run_dir / "bundle").provenance["metrics"].get(val_name(config.protocol, "abs_rel"))
 
-    module = STAGES[type(config.stage)](config)
+    module = build_module(config)
     prepare_model(module, config.trainer)
     data = build_data(config)
     trainer = build_trainer(config, [*reporters(config, module), *callbacks])
@@ -134,6 +135,14 @@ STAGES = {
 }
 
 
+def build_module(config: TrainConfig) -> L.LightningModule:
+    """The module of the stage as training begins with it: weights loaded, and frozen where the settings say so."""
+    module = STAGES[type(config.stage)](config)
+    if isinstance(module, DepthModule):
+        apply_transfer(module.model, config.transfer)
+    return module
+
+
 def build_initialised_model(config: TrainConfig) -> DepthModel:
     """The model with a fresh decoder and the encoder weights that the stage starts from."""
     weights = config.stage.encoder_weights
@@ -146,7 +155,7 @@ def build_initialised_model(config: TrainConfig) -> DepthModel:
 def write_bundle(config: TrainConfig, module: L.LightningModule, metrics: dict[str, float]) -> None:
     """The stage's result: model, settings, and where it comes from."""
     assert isinstance(module, PretrainModule | DepthModule)
-    result = module.encoder if isinstance(module, PretrainModule) else module.model
+    result = module.encoder if isinstance(module, PretrainModule) else merge_adapters(module.model, config.transfer)
     facts = BundleFacts(
         content="encoder" if isinstance(module, PretrainModule) else "depth_model",
         model=config.model,

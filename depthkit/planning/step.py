@@ -10,7 +10,7 @@ from torch import nn
 
 from depthkit.config import PretrainConfig, TrainConfig
 from depthkit.engine import prepare_model
-from depthkit.train import STAGES
+from depthkit.train import build_module
 from depthkit.types import Batch
 
 
@@ -19,7 +19,7 @@ def bare_module(config: TrainConfig) -> L.LightningModule:
 
     With activation checkpointing where the settings say so; not compiled."""
     config = replace(config, stage=replace(config.stage, encoder_weights=None))
-    module = STAGES[type(config.stage)](config)
+    module = build_module(config)
     module._trainer = SimpleNamespace(world_size=1, global_rank=0)  # type: ignore[assignment]
     module.log = module.log_dict = _log_nowhere  # type: ignore[method-assign]
     prepare_model(module, replace(config.trainer, compile=False, channels_last=False))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Self
 
 import lightning as L
 import torch
@@ -15,6 +16,7 @@ from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.losses import MapLoss, affine_invariant_loss, gradient_matching_loss, scale_shift_invariant_loss
 from depthkit.models import DepthModel
 from depthkit.optim import build_optimizer, build_schedule, parameter_groups
+from depthkit.transfer import keep_frozen_in_eval
 from depthkit.types import Batch, ModelOutput, Rejection, StepOutput
 
 
@@ -29,6 +31,12 @@ class DepthModule(L.LightningModule):
         self.protocol = protocol
         metrics = {name: MeanMetric(nan_strategy="ignore") for name in protocol.metrics}
         self.val_metrics: Mapping[str, MeanMetric] = nn.ModuleDict(metrics)  # type: ignore[assignment]
+
+    def train(self, mode: bool = True) -> Self:
+        """As everywhere, but what is frozen stays in eval mode."""
+        super().train(mode)
+        keep_frozen_in_eval(self.model)
+        return self
 
     def forward(self, image: Tensor) -> ModelOutput:
         return self.model(image)
