@@ -3,6 +3,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from depthkit.bundle import BundleError, BundleFacts, load_model, save_bundle
+from depthkit.config import ConfigError
+from depthkit.formats.model_card import architecture
+from depthkit.formats.official import write_checkpoint
+from depthkit.models import build_model
 from depthkit.models.linear import LinearDecoder
 
 
@@ -31,3 +36,26 @@ def test_it_is_one_linear_layer_on_taps_side_by_side(max_depth):
 
 def test_it_has_one_weight_for_each_channel_and_a_bias():
     assert sum(parameter.numel() for parameter in decoder().parameters()) == 3 + 5 + 1
+
+
+def test_a_bundle_with_it_predicts_and_names_it(tmp_path, compose):
+    config = compose("transfer=linear_probe", "stage.encoder_weights=timm", "data=tiny_teacher").model
+    model = build_model(config).eval()
+    assert isinstance(model.decoder, LinearDecoder)
+    facts = BundleFacts(content="depth_model", model=config, kind=config.kind, short_side=32)
+    again, read = load_model(save_bundle(tmp_path / "bundle", model, facts))
+    image = torch.randn(1, 3, 32, 40)
+    torch.testing.assert_close(again(image).values, model(image).values)
+    assert "linear decoder" in architecture(read.model)
+
+
+def test_it_is_not_taken_for_a_published_network(tmp_path, compose):
+    config = compose("model=vits", "model.decoder=linear", "data=tiny_teacher").model
+    config.encoder_args = {"img_size": 28, "embed_dim": 32, "num_heads": 2}
+    with pytest.raises(BundleError, match="the decoder is not DPT's"):
+        write_checkpoint(build_model(config), tmp_path / "model.pth")
+
+
+def test_another_decoder_is_refused(compose):
+    with pytest.raises(ConfigError, match=r"model.decoder='linaer'.*dpt or linear"):
+        compose("model.decoder=linaer", "data=tiny_teacher")

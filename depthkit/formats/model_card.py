@@ -134,7 +134,8 @@ def architecture(model: ModelConfig) -> str:
     arguments = f" with {settings_text(model.encoder_args)}" if model.encoder_args else ""
     stem = ", convolutional stem" if model.conv_stem else ""
     taps = ", ".join(map(str, model.tap_layers))
-    return f"encoder `{model.encoder}` of timm{arguments}{stem}; DPT decoder of width {model.features} on layers {taps}"
+    decoder = f"DPT decoder of width {model.features}" if model.decoder == "dpt" else "linear decoder"
+    return f"encoder `{model.encoder}` of timm{arguments}{stem}; {decoder} on layers {taps}"
 
 
 def teacher_facts(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:

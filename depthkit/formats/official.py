@@ -21,6 +21,7 @@ from depthkit.config import CONF_DIR, DPTConfig, ModelConfig
 from depthkit.files import atomic_write
 from depthkit.formats.layout import Layout, describe, read_layout, read_tensors, write_layout
 from depthkit.models import DepthModel, Encoder, PlainEncoder, build_encoder, build_model
+from depthkit.models.dpt import DPTDecoder
 from depthkit.models.encoder import ConvStem
 
 PUBLISHED = {384: "vits", 768: "vitb", 1024: "vitl", 1536: "vitg"}
@@ -241,6 +242,8 @@ def dinov2_of(model: DepthModel) -> VisionTransformer:
     """The transformer of a model that is built as Depth Anything is; BundleError says what differs from it."""
     if not isinstance(model.encoder, PlainEncoder):
         raise BundleError("the encoder is not built as DINOv2's; export it as ONNX, which holds any network")
+    if not isinstance(model.decoder, DPTDecoder):
+        raise BundleError("the decoder is not DPT's; export it as ONNX, which holds any network")
     vit = model.encoder.vit
     block = vit.blocks[0]
     is_mlp = isinstance(block.mlp, Mlp) and isinstance(block.mlp.act, nn.GELU)

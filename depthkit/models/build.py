@@ -1,12 +1,14 @@
 """From settings to networks with random weights."""
 
 from collections.abc import Callable
+from typing import Any
 
 from depthkit.config import DPTConfig, Eigen2014Config, ModelConfig
 from depthkit.models.depth_model import DepthModel
 from depthkit.models.dpt import DPTDecoder
 from depthkit.models.eigen import Eigen2014
 from depthkit.models.encoder import Encoder, create_encoder
+from depthkit.models.linear import LinearDecoder
 
 
 def build_encoder(config: DPTConfig, *, pretrained: bool = False) -> Encoder:
@@ -22,14 +24,10 @@ def build_encoder(config: DPTConfig, *, pretrained: bool = False) -> Encoder:
 
 def build_dpt(config: DPTConfig, *, pretrained_encoder: bool = False) -> DepthModel:
     encoder = build_encoder(config, pretrained=pretrained_encoder)
-    decoder = DPTDecoder(
-        widths=encoder.widths,
-        strides=encoder.strides,
-        features=config.features,
-        out_channels=config.out_channels,
-        max_depth=config.max_depth,
-    )
-    return DepthModel(encoder, decoder)
+    shape: dict[str, Any] = {"widths": encoder.widths, "strides": encoder.strides, "max_depth": config.max_depth}
+    if config.decoder == "linear":
+        return DepthModel(encoder, LinearDecoder(**shape))
+    return DepthModel(encoder, DPTDecoder(**shape, features=config.features, out_channels=config.out_channels))
 
 
 def build_eigen2014(config: Eigen2014Config, *, pretrained_encoder: bool = False) -> DepthModel:

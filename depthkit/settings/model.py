@@ -43,9 +43,11 @@ class DPTConfig(ModelConfig):
     tap_layers: list[int] = MISSING  # the four blocks (or stages) that the decoder reads, 0-based
     features: int = MISSING  # decoder width
     out_channels: list[int] = MISSING  # decoder widths per tap, before they become `features`
+    decoder: str = "dpt"  # dpt | linear: one linear layer on all taps, without `features` and `out_channels`
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self.decoder in ("dpt", "linear"), "model.decoder", self.decoder, "dpt or linear")
         check(len(self.tap_layers) == 4, "model.tap_layers", self.tap_layers, "four block indices")
         check(list(self.tap_layers) == sorted(set(self.tap_layers)), "model.tap_layers", self.tap_layers, "increasing")
         check(len(self.out_channels) == 4, "model.out_channels", self.out_channels, "four widths")
