@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import depthkit
-from depthkit.config import ModelConfig, check
+from depthkit.config import MetricBinsConfig, ModelConfig, check
 from depthkit.data.windows import IMAGENET_MEAN, IMAGENET_STD
 from depthkit.models import DepthModel, Encoder, build_model
+from depthkit.models.metric_bins import MetricBinsModel
 from depthkit.settings.model import read_model
 from depthkit.types import Kind
 
@@ -174,11 +175,15 @@ def load_encoder_weights(encoder: Encoder, folder: Path) -> None:
 
 
 def load_depth_model_weights(model: DepthModel, folder: Path) -> None:
-    """Fill `model` from the bundle of a depth model, of whatever kind: the heads have the same weights."""
+    """Fill `model` from the bundle of a depth model, of whatever kind: the heads have the same weights. Of a model with
+    metric bins, the relative model below them is filled from the bundle of one.
+    """
     facts = read_facts(folder)
     if facts.content != "depth_model":
         raise BundleError(f"{folder} holds an encoder alone: no decoder to start from; set stage.decoder_weights=false")
-    load_strict(model, read_weights(folder, facts), folder)
+    has_bins = isinstance(facts.model, MetricBinsConfig)
+    part = model.relative() if isinstance(model, MetricBinsModel) and not has_bins else model
+    load_strict(part, read_weights(folder, facts), folder)
 
 
 def sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 from depthkit.errors import ConfigError, check
 from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.settings.data import AugmentConfig, CameraAugmentConfig, DataConfig, DatasetConfig, WorldConfig
-from depthkit.settings.model import DPTConfig, Eigen2014Config, ModelConfig
+from depthkit.settings.model import DPTConfig, Eigen2014Config, MetricBinsConfig, ModelConfig
 from depthkit.settings.optim import Algorithm, OptimConfig, Schedule
 from depthkit.settings.stages import (
     DepthErrorLoss,
@@ -43,6 +43,7 @@ __all__ = [
     "DemoConfig",
     "DepthErrorLoss",
     "DepthLoss",
+    "MetricBinsConfig",
     "MetricConfig",
     "ModelConfig",
     "OptimConfig",

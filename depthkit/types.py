@@ -79,10 +79,13 @@ class StepOutput(TypedDict):
 
 
 class ModelOutput(NamedTuple):
-    """`values` (B, H, W) >= 0 in the model's kind; `features` (B, C, h, w), the normalised tokens of the last block."""
+    """`values` (B, H, W) >= 0 in the model's kind; `features` (B, C, h, w), the normalised tokens of the last block;
+    `domain_logits` (B, domains) of a model that chooses between heads.
+    """
 
     values: Tensor
     features: Tensor
+    domain_logits: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

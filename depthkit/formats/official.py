@@ -170,7 +170,7 @@ def published(width: int) -> DPTConfig:
 
 def is_published(config: ModelConfig) -> bool:
     """Whether the original repositories build this network; taps and range are arguments there."""
-    if not isinstance(config, DPTConfig):
+    if type(config) is not DPTConfig:
         return False
     networks = [replace(published(width), tap_layers=config.tap_layers) for width in PUBLISHED]
     return replace(config, max_depth=None) in networks

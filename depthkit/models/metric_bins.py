@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from depthkit.models.depth_model import DepthModel
 from depthkit.models.dpt import DPTDecoder, DPTMaps
+from depthkit.types import ModelOutput
 
 TEMPERATURES = (0.0212, 50.0)
 """Lowest and highest temperature of the distribution over bins."""
@@ -99,6 +101,21 @@ class MetricBinsDecoder(nn.Module):
 
     def forward(self, taps: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         return self.bins(self.relative.maps(taps))
+
+
+class MetricBinsModel(DepthModel):
+    """An encoder and a `MetricBinsDecoder`."""
+
+    decoder: MetricBinsDecoder
+
+    def forward(self, image: Tensor) -> ModelOutput:
+        taps, features = self.encoder(image)
+        depth, domain_logits = self.decoder(taps)
+        return ModelOutput(values=depth, features=features, domain_logits=domain_logits)
+
+    def relative(self) -> DepthModel:
+        """The relative model below the bins, with the same weights."""
+        return DepthModel(self.encoder, self.decoder.relative)
 
 
 class BinHead(nn.Module):

@@ -59,6 +59,47 @@ class DPTConfig(ModelConfig):
 
 
 @dataclass(kw_only=True)
+class MetricBinsConfig(DPTConfig):
+    """A relative model with a DPT decoder, and metric bins (ZoeDepth) that read its features."""
+
+    architecture: str = "metric_bins"
+    heads: dict[str, float] = field(default_factory=dict)  # name of a domain -> its max_depth, a router; {}: one head
+    min_depth: float = 1e-3  # metres, of normed bins
+    centers: str = "softplus"  # of the bins: softplus, without an upper bound | normed, from min_depth to max_depth
+    num_bins: int = 64
+    embedding: int = 128  # width of what moves the bins
+    num_attractors: list[int] = field(default_factory=lambda: [16, 8, 4, 1])  # per level, coarse to fine
+    attractor_alpha: float = 1000.0  # of the published settings, which its layers do not read: they run with 300
+    attractor_gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.centers in ("softplus", "normed"), "model.centers", self.centers, "softplus or normed")
+        check(len(self.heads) != 1, "model.heads", self.heads, "at least two, or {} for one up to model.max_depth")
+        largest = max(self.heads.values(), default=self.max_depth)
+        allowed = f"{largest}, the largest of model.heads={self.heads}" if self.heads else "metres: bins are of depth"
+        is_stated = self.max_depth is not None and self.max_depth == largest
+        check(is_stated, "model.max_depth", self.max_depth, allowed)
+        depths = [self.min_depth, *self.heads.values(), largest or 0.0]
+        check(0 < depths[0] < min(depths[1:]), "model.min_depth", self.min_depth, f"> 0 and below {min(depths[1:])}")
+        check(self.num_bins > 1, "model.num_bins", self.num_bins, "> 1")
+        check(self.embedding > 1 and self.embedding % 2 == 0, "model.embedding", self.embedding, "an even number > 1")
+        counts = self.num_attractors
+        check(len(counts) == 4 and min(counts) > 0, "model.num_attractors", counts, "four numbers > 0")
+        check(self.attractor_alpha >= 0, "model.attractor_alpha", self.attractor_alpha, ">= 0")
+        check(self.attractor_gamma > 0, "model.attractor_gamma", self.attractor_gamma, "> 0")
+
+    @property
+    def title(self) -> str:
+        return f"metric bins on {self.encoder}"
+
+    @property
+    def ranges(self) -> dict[str, float]:
+        """Name of each head -> the largest depth that it is for, in metres."""
+        return self.heads or {"depth": self.max_depth or 0.0}
+
+
+@dataclass(kw_only=True)
 class Eigen2014Config(ModelConfig):
     """The coarse and the fine network of Eigen et al. 2014 (arXiv 1406.2283, figure 1), which predict log depth."""
 
@@ -86,7 +127,11 @@ class Eigen2014Config(ModelConfig):
         return "depth"
 
 
-ARCHITECTURES: dict[str, type[ModelConfig]] = {"dpt": DPTConfig, "eigen2014": Eigen2014Config}
+ARCHITECTURES: dict[str, type[ModelConfig]] = {
+    "dpt": DPTConfig,
+    "metric_bins": MetricBinsConfig,
+    "eigen2014": Eigen2014Config,
+}
 """Name of an architecture in a bundle -> its settings."""
 
 
