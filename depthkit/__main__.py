@@ -9,6 +9,7 @@ VERBS = {
     "pack": ("depthkit.data.pack", "files on disk -> shards and manifests"),
     "inspect": ("depthkit.data.inspect", "check shards and labels against their manifest"),
     "train": ("depthkit.train", "train a stage: experiment=NAME and Hydra overrides"),
+    "doctor": ("depthkit.doctor.doctor", "would it learn? labels, gradients and rates before step 1: experiment=NAME"),
     "replay": ("depthkit.replay", "one training step again: its samples and losses: RUN_DIR --step N"),
     "plan": ("depthkit.planning.plan", "memory, time and disk of a run before it starts: experiment=NAME cluster=NAME"),
     "launch": ("depthkit.launch", "every stage of a recipe as Slurm jobs: recipe=da_v1 [dry_run=true]"),

@@ -1,22 +1,26 @@
 """What settings say together. Everything here is judged before a job is queued; no sample is opened."""
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthkit.config import (
     ConfigError,
+    DataConfig,
     DatasetConfig,
     DPTConfig,
     ModelConfig,
     PretrainConfig,
     PseudoLabelConfig,
     StudentConfig,
+    TeacherConfig,
     TrainConfig,
     TransferMode,
     check,
 )
-from depthkit.data.manifest import load_manifest
+from depthkit.data.clips import check_clips, clip_span, num_clips, runs_of
+from depthkit.data.manifest import Manifest, load_manifest
 from depthkit.data.reader import labels_manifest, selected_samples, usable_target
 from depthkit.data.remote import is_remote
 from depthkit.evaluation.settings import Aggregation, GroundTruth, kind_refusal
@@ -46,9 +50,11 @@ def validate(config: TrainConfig, pending: Collection[str] = ()) -> None:
             check_dataset(f"data.{group}.{name}", dataset, None if dataset.labels in pending else kind)
     for name, dataset in config.data.val.items():
         check_dataset(f"data.val.{name}", dataset, "depth")
+    check_video(config)
     check_validation(config)
     check_protocol(config)
     check_warmup(config)
+    check_pareto(config)
     check_averaging(config)
     check_best(config)
 
@@ -56,14 +62,18 @@ def validate(config: TrainConfig, pending: Collection[str] = ()) -> None:
 def check_streams(config: TrainConfig) -> None:
     """The data sets fit the stage, and a batch can be split over the ranks."""
     labeled, unlabeled = list(config.data.labeled), list(config.data.unlabeled)
-    stage = config.stage.name
-    if isinstance(config.stage, PretrainConfig | StudentConfig):
+    stage, clip_frames, reads_clips = config.stage.name, config.data.clip_frames, config.stage.reads_clips
+    needs = (
+        f"at least 2: stage={stage} learns from clips" if reads_clips else f"null: stage={stage} reads single images"
+    )
+    check(reads_clips == (clip_frames is not None), "data.clip_frames", clip_frames, needs)
+    if isinstance(config.stage, PretrainConfig | StudentConfig) or reads_clips:
         check(bool(unlabeled), "data.unlabeled", unlabeled, f"at least one data set for stage={stage}")
     else:
         check(bool(labeled), "data.labeled", labeled, f"at least one data set for stage={stage}")
         check(not unlabeled, "data.unlabeled", unlabeled, f"empty: stage={stage} does not read it")
-    if isinstance(config.stage, PretrainConfig):
-        check(not labeled, "data.labeled", labeled, "empty: stage=pretrain reads images alone, from data.unlabeled")
+    if isinstance(config.stage, PretrainConfig) or reads_clips:
+        check(not labeled, "data.labeled", labeled, f"empty: stage={stage} reads images alone, from data.unlabeled")
     for name in ("devices", "num_nodes"):
         count = getattr(config.trainer, name)
         check(count > 0, f"trainer.{name}", count, "a number > 0: batches are split over the ranks")
@@ -111,6 +121,22 @@ def check_warmup(config: TrainConfig) -> None:
     check(warmup < steps, "optim.warmup_steps", warmup, f"below {source}")
 
 
+def check_pareto(config: TrainConfig) -> None:
+    """Each rank has the gradient of each data set, whole and in numbers that do not underflow."""
+    if not isinstance(config.stage, TeacherConfig) or not config.stage.pareto:
+        return
+    names = list(config.data.labeled)
+    check(config.data.balanced, "data.balanced", config.data.balanced, "true with stage.pareto=true")
+    check(len(names) > 1, "data.labeled", names, "two data sets or more with stage.pareto=true: it weighs their losses")
+    world_size = config.trainer.devices * config.trainer.num_nodes
+    allowed = f"a multiple of {len(names)} data sets x {world_size} ranks with stage.pareto=true"
+    is_multiple = config.data.batch_size % (len(names) * world_size) == 0
+    check(is_multiple, "data.batch_size", config.data.batch_size, allowed)
+    precision, strategy = config.trainer.precision, config.trainer.strategy
+    check(precision != "16-mixed", "trainer.precision", precision, "32-true or bf16-mixed with stage.pareto=true")
+    check(strategy != "deepspeed", "trainer.strategy", strategy, "auto or ddp with stage.pareto=true")
+
+
 def check_averaging(config: TrainConfig) -> None:
     """Every rank has all weights to average."""
     allowed = "null with ZeRO stage 3, which spreads the weights over the ranks; stages 1 and 2 can average them"
@@ -140,10 +166,25 @@ def check_dataset(field_name: str, dataset: DatasetConfig, kind: Kind | None) ->
         selected_samples(dataset, images, labels_manifest(dataset, images))
 
 
+def check_video(config: TrainConfig) -> None:
+    """The data sets whose samples are clips hold video."""
+    data, val_clips = config.data, list(config.data.val_clips)
+    check(data.clip_frames is not None or not val_clips, "data.val_clips", val_clips, "empty without data.clip_frames")
+    for group, num_frames in (("unlabeled", data.clip_frames), ("val_clips", data.val_clip_frames)):
+        datasets: Mapping[str, DatasetConfig] = getattr(data, group) if num_frames is not None else {}
+        for name, dataset in datasets.items():
+            check_dataset(f"data.{group}.{name}", dataset, None)
+            check_clips(f"data.{group}.{name}", dataset, found_manifest(dataset), num_frames or 0, data.clip_stride)
+
+
 def check_validation(config: TrainConfig) -> None:
     """Every rank has something to validate; Lightning fails in the middle of a run on one that has not."""
     limit = config.trainer.limit_val_batches
     images = [num_images(dataset) for dataset in config.data.val.values()]
+    length = {"num_frames": config.data.val_clip_frames, "stride": config.data.clip_stride}
+    for dataset in config.data.val_clips.values():
+        runs = runs_of(dataset, found_manifest(dataset))
+        images.append(int(num_clips(runs, **length, every=clip_span(**length)).sum()))
     total = sum(count if limit is None else min(count, limit) for count in images)
     world_size = config.trainer.devices * config.trainer.num_nodes
     allowed = f"such that the {total} validation images are at least one for each of {world_size} ranks"
@@ -242,15 +283,29 @@ def describe_encoder(model: ModelConfig) -> "Encoder":
 def num_steps(config: TrainConfig, count: Callable[[DatasetConfig], int] | None = None) -> int:
     """Optimizer steps: `max_steps`, or as many as `sweeps` passes take over the unlabeled (else the labeled) images.
 
-    `count` gives the images of a data set; without it the manifests do.
+    `count` gives the images of a data set; without it the manifests do. Clips count as images do.
     """
     if config.sweeps is None:
         return config.trainer.max_steps
     stream = "unlabeled" if config.data.unlabeled else "labeled"
     group: Mapping[str, DatasetConfig] = getattr(config.data, stream)
-    images = sum(dataset.weight * (count or num_images)(dataset) for dataset in group.values())
+    counted = count or partial(num_samples, config.data, stream)
+    images = sum(dataset.weight * counted(dataset) for dataset in group.values())
     per_step = config.data.images_per_step()[stream] * config.trainer.accumulate_grad_batches
     return max(1, round(config.sweeps * images / per_step))
+
+
+def num_samples(data: DataConfig, stream: str, dataset: DatasetConfig) -> int:
+    """Images, or clips, that one sweep of a stream takes from a data set of weight 1."""
+    if stream == "unlabeled" and data.clip_frames is not None:
+        return int(num_clips(runs_of(dataset, found_manifest(dataset)), data.clip_frames, data.clip_stride).sum())
+    return num_images(dataset)
+
+
+def found_manifest(dataset: DatasetConfig) -> Manifest | None:
+    """The manifest, None where it will be rendered."""
+    is_there = is_remote(dataset.manifest) or Path(dataset.manifest).is_file()
+    return load_manifest(dataset.manifest) if is_there else None
 
 
 def num_images(dataset: DatasetConfig) -> int:

@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from depthkit.checks import num_images
+from depthkit.checks import num_samples
 from depthkit.config import TrainConfig
 from depthkit.provenance import versions
 from depthkit.runtime.console import RunProgress
@@ -67,19 +67,17 @@ def heading(config: TrainConfig, module: nn.Module) -> list[str]:
     streams = " + ".join(f"{count} {stream}" for stream, count in per_step.items())
     processes = trainer.devices * trainer.num_nodes
     split = f" = {trainer.accumulate_grad_batches} batches" if trainer.accumulate_grad_batches > 1 else ""
-    sweeps = ", ".join(
-        f"{trainer.max_steps * count / sum(dataset.weight * num_images(dataset) for dataset in group.values()):.3g}"
-        f" sweeps of the {stream} images"
-        for stream, count in per_step.items()
-        if (group := getattr(config.data, stream))
-    )
+    sweeps = []
+    for stream, count in per_step.items():
+        samples = sum(d.weight * num_samples(config.data, stream, d) for d in getattr(config.data, stream).values())
+        sweeps.append(f"{trainer.max_steps * count / samples:.3g} sweeps of the {stream} images")
     frozen_encoder = getattr(module, "frozen_encoder", None)  # no part of the module: strategies leave it alone
     parameters = {*module.parameters(), *(frozen_encoder.parameters() if frozen_encoder is not None else ())}
     trained, frozen = (sum(p.numel() for p in parameters if p.requires_grad is kind) / 1e6 for kind in (True, False))
     height, width = config.data.crop_size
     return [
         f"{config.run_name}: stage {config.stage.name}, seed {config.seed}, in {config.run_dir}",
-        f"  {trainer.max_steps} steps of {streams} images of {height} x {width}{split}: {sweeps}",
+        f"  {trainer.max_steps} steps of {streams} images of {height} x {width}{split}: {', '.join(sweeps)}",
         f"  {config.model.title}: {trained:.2f} M parameters trained, {frozen:.2f} M frozen",
         f"  {processes} x {trainer.accelerator}, strategy {trainer.strategy}, precision {trainer.precision}",
     ]

@@ -38,7 +38,9 @@ class Sample:
     `image` is (H, W, 3) uint8 RGB, `target` (H, W) float32 of the stage's kind, `valid_mask` (H, W) bool, True =
     supervise this pixel. Invalid pixels hold 0 and False. Sky with a known label is disparity 0 and valid. `rejections`
     lists the samples that were tried first at this position and found broken. `intrinsics_px` (4,) float32 are fx, fy,
-    cx, cy in pixels of `image`, NaN where they are not known.
+    cx, cy in pixels of `image`, `camera_to_world` (4, 4) float64; NaN where they are not known. The `image` of a clip
+    is (T, H, W, 3) and its `camera_to_world` (T, 4, 4) float32 with the first camera as the world; all else is that of
+    the middle frame.
     """
 
     image: np.ndarray
@@ -49,15 +51,20 @@ class Sample:
     shard: str = ""
     rejections: list[Rejection] = field(default_factory=list)
     intrinsics_px: np.ndarray = field(default_factory=lambda: np.full(4, np.nan, np.float32))
+    camera_to_world: np.ndarray = field(default_factory=lambda: np.full((4, 4), np.nan))
 
 
 class Batch(TypedDict):
-    """Collated samples. The loader gives uint8 images; they are normalised once they are on the device."""
+    """Collated samples. The loader gives uint8 images; they are normalised once they are on the device.
+
+    A batch of clips has images (B, T, 3, H, W) and `camera_to_world`; all else is that of their middle frames.
+    """
 
     image: Tensor  # (B, 3, H, W) uint8, then float32 with the encoder's mean and standard deviation
     target: Tensor  # (B, H, W) float32
     valid_mask: Tensor  # (B, H, W) bool
     intrinsics_px: Tensor  # (B, 4) float32: fx, fy, cx, cy in pixels of `image`; NaN where they are not known
+    camera_to_world: NotRequired[Tensor]  # (B, T, 4, 4) float32, the first camera is the world; NaN where unknown
     key: list[str]
     dataset: list[str]
     shard: NotRequired[list[str]]  # path or URL of the tar that holds the sample

@@ -42,3 +42,20 @@ def window_intrinsics(intrinsics_px: np.ndarray, window: Window) -> np.ndarray:
     scale_y, scale_x = window.size[0] / window.height, window.size[1] / window.width
     cx, cy = (cx - window.left) * scale_x, (cy - window.top) * scale_y
     return np.array([fx * scale_x, fy * scale_y, window.size[1] - cx if window.flip else cx, cy], np.float32)
+
+
+def image_pose(facts: Mapping[str, Any]) -> np.ndarray:
+    """Camera-to-world (4, 4) float64, the fact `camera_to_world` or `pose`; NaN where it is no rigid motion."""
+    try:
+        pose = np.array(facts.get("camera_to_world", facts.get("pose")), np.float64)
+    except (TypeError, ValueError):
+        return np.full((4, 4), np.nan)
+    if pose.shape != (4, 4) or not np.allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=0.01):
+        return np.full((4, 4), np.nan)
+    return pose
+
+
+def window_pose(pose: np.ndarray, window: Window) -> np.ndarray:
+    """The pose (4, 4) of the camera that took what `window` shows: mirrored, in a mirrored world, if it is flipped."""
+    mirror = np.diag([-1.0 if window.flip else 1.0, 1, 1, 1])
+    return mirror @ pose @ mirror

@@ -1,7 +1,8 @@
 """The LightningDataModule of every training stage."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from depthkit.config import AugmentConfig, DataConfig, DatasetConfig
 from depthkit.data.cache import ShardCache
+from depthkit.data.clips import ClipReader, clip_span
 from depthkit.data.procedural import WorldSpec, write_world
 from depthkit.data.quarantine import SampleError
 from depthkit.data.read_ahead import ReadAhead
@@ -27,8 +29,9 @@ class DepthDataModule(L.LightningDataModule):
     """Batches `{"labeled": Batch, "unlabeled": Batch}`, the ratio exact on every rank; whole images to validate.
 
     `num_steps` counts batches. Training targets are in `target_kind`; None reads images alone. Validation images keep
-    their aspect: shorter side as the crop, sides multiples of `multiple`; their targets are depth in metres. Remote
-    shards are fetched into `cache`, those of the next steps in the background.
+    their aspect: shorter side as the crop, sides multiples of `multiple`; their targets are depth in metres. Validation
+    clips, whose batches have images (1, T, 3, H, W), come after all single images. Remote shards are fetched into
+    `cache`, those of the next steps in the background.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class DepthDataModule(L.LightningDataModule):
         self.cache = cache
 
     def prepare_data(self) -> None:
-        for group in (self.config.labeled, self.config.unlabeled, self.config.val):
+        for group in (self.config.labeled, self.config.unlabeled, self.config.val, self.config.val_clips):
             render_missing(group)
 
     def train_dataloader(self) -> DataLoader:
@@ -78,9 +81,9 @@ class DepthDataModule(L.LightningDataModule):
         return self._loader(dataset, batch_sampler=sampler, collate_fn=collate_streams)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
-        if not self.config.val:
+        if not self.config.val and not self.config.val_clips:
             return []
-        readers = [DatasetReader(name, dataset, "depth", self.cache) for name, dataset in self.config.val.items()]
+        readers = val_readers(self.config, self.cache)
         dataset = WholeImages(
             readers, short_side=min(self.config.crop_size), multiple=self.multiple, limit=self.limit_val
         )
@@ -120,10 +123,10 @@ class DepthDataModule(L.LightningDataModule):
 
 
 class WholeImages(Dataset):
-    """Every image of some data sets once, uncropped, as a `Batch` of one; a `Rejection` where the sample is broken."""
+    """Every image or clip of some data sets once, uncropped, as a `Batch` of one; a `Rejection` where it is broken."""
 
     def __init__(
-        self, readers: list[DatasetReader], *, short_side: int, multiple: int, limit: int | None = None
+        self, readers: Sequence[DatasetReader | ClipReader], *, short_side: int, multiple: int, limit: int | None = None
     ) -> None:
         self.readers = readers
         self.short_side = short_side
@@ -142,7 +145,19 @@ class WholeImages(Dataset):
             return reader.rejection(shard, sample, error)
 
 
-def every_place(dataset: int, reader: DatasetReader) -> list[tuple[int, int, int]]:
+def val_readers(config: DataConfig, cache: ShardCache | None = None) -> list[DatasetReader | ClipReader]:
+    """Readers of `data.val` and, after them, of `data.val_clips`: images and poses of clips that share no frame."""
+    length = {"num_frames": config.val_clip_frames, "stride": config.clip_stride}
+    return [
+        *(DatasetReader(name, dataset, "depth", cache) for name, dataset in config.val.items()),
+        *(
+            ClipReader(name, dataset, None, cache, **length, every=clip_span(**length))
+            for name, dataset in config.val_clips.items()
+        ),
+    ]
+
+
+def every_place(dataset: int, reader: DatasetReader | ClipReader) -> list[tuple[int, int, int]]:
     """(data set, shard, sample) of every sample of a reader."""
     return [(dataset, shard, sample) for shard, size in enumerate(reader.shard_sizes) for sample in range(size)]
 
@@ -159,12 +174,14 @@ def build_streams(
 ) -> dict[str, Stream]:
     """The training streams that have data sets, by name."""
     streams = {}
+    clips = partial(ClipReader, num_frames=config.clip_frames or 0, stride=config.clip_stride)
     for name, images_per_step in config.images_per_step().items():
         group: Mapping[str, DatasetConfig] = getattr(config, name)
+        read = clips if name == "unlabeled" and config.clip_frames else DatasetReader
         if group:
             streams[name] = Stream(
                 name,
-                [DatasetReader(key, dataset, target_kind, cache) for key, dataset in group.items()],
+                [read(key, dataset, target_kind, cache) for key, dataset in group.items()],
                 [dataset.weight for dataset in group.values()],
                 images_per_step=images_per_step,
                 crop_size=(config.crop_size[0], config.crop_size[1]),

@@ -11,7 +11,7 @@ import numpy as np
 
 from depthkit.config import ConfigError, DatasetConfig
 from depthkit.data.cache import ShardCache
-from depthkit.data.cameras import image_facts, image_intrinsics, window_intrinsics
+from depthkit.data.cameras import image_facts, image_intrinsics, image_pose, window_intrinsics, window_pose
 from depthkit.data.decode import decode_image, decode_target, image_size, read_facts, target_size
 from depthkit.data.manifest import Manifest, TargetSpec, load_manifest
 from depthkit.data.quarantine import SampleError
@@ -82,9 +82,11 @@ class DatasetReader:
         return self._sample(raw, shard, size, window, image=image, target=target, valid_mask=valid_mask)
 
     def _sample(self, raw: RawSample, shard: int, size: tuple[int, int], window: Window, **decoded: Any) -> Sample:
+        facts = image_facts(raw.members)
         return Sample(
             **decoded,
-            intrinsics_px=window_intrinsics(image_intrinsics(image_facts(raw.members), size), window),
+            intrinsics_px=window_intrinsics(image_intrinsics(facts, size), window),
+            camera_to_world=window_pose(image_pose(facts), window),
             key=raw.key,
             dataset=self.name,
             shard=shown(self.images.location(shard)),

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from depthkit.config import AugmentConfig
+from depthkit.data.clips import ClipReader
 from depthkit.data.order import BalancedOrder, Order, rank_slots
 from depthkit.data.quarantine import SampleError
 from depthkit.data.reader import DatasetReader
@@ -32,7 +33,7 @@ class Stream:
     def __init__(
         self,
         name: str,
-        readers: Sequence[DatasetReader],
+        readers: Sequence[DatasetReader | ClipReader],
         weights: Sequence[float],
         *,
         images_per_step: int,
@@ -143,9 +144,9 @@ def collate_streams(items: Sequence[tuple[str, Sample, tuple[int, int, int, int]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples of one size to a batch."""
-    return Batch(
-        image=torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2).contiguous(),
+    """Samples of one size, or clips of one length, to a batch."""
+    batch = Batch(
+        image=torch.from_numpy(np.stack([sample.image for sample in samples])).movedim(-1, -3).contiguous(),
         target=torch.from_numpy(np.stack([sample.target for sample in samples])),
         valid_mask=torch.from_numpy(np.stack([sample.valid_mask for sample in samples])),
         intrinsics_px=torch.from_numpy(np.stack([sample.intrinsics_px for sample in samples])),
@@ -154,3 +155,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         shard=[sample.shard for sample in samples],
         rejections=[rejection for sample in samples for rejection in sample.rejections],
     )
+    if batch["image"].ndim == 5:
+        batch["camera_to_world"] = torch.from_numpy(np.stack([sample.camera_to_world for sample in samples]))
+    return batch

@@ -34,7 +34,8 @@ class ImagePanels(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._batches is None:
             assert trainer.val_dataloaders is not None
-            self._batches = fixed_batches(trainer.val_dataloaders.dataset, self.num_images)
+            batches = fixed_batches(trainer.val_dataloaders.dataset, self.num_images)
+            self._batches = [batch for batch in batches if "camera_to_world" not in batch]  # clips are no panels
         # On every rank: where the weights are spread over the ranks, one alone would wait for the others.
         predictions = [predict(trainer, pl_module, batch) for batch in self._batches]
         if not trainer.is_global_zero or not predictions:

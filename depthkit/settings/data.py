@@ -101,11 +101,15 @@ class DataConfig:
     labeled: dict[str, DatasetConfig] = field(default_factory=dict)
     unlabeled: dict[str, DatasetConfig] = field(default_factory=dict)
     val: dict[str, DatasetConfig] = field(default_factory=dict)
+    val_clips: dict[str, DatasetConfig] = field(default_factory=dict)  # videos with poses, to judge motion by
     crop_size: list[int] = field(default_factory=lambda: [518, 518])  # height, width of a training crop
     batch_size: int = 1  # images per optimizer micro-step over all ranks, labeled and unlabeled together
     unlabeled_per_labeled: int = 2
     balanced: bool = False  # as many images of each data set in every batch, instead of by size and weight
     shuffle_block: int = 4096  # samples of a lane that are shuffled together: bounds the shards open at a time
+    clip_frames: int | None = None  # unlabeled samples are clips of that many frames; null: single images
+    clip_stride: int = 1  # frames of the video from one frame of a clip to the next
+    val_clip_frames: int = 5  # frames of a clip of `val_clips`; 5 as SfMLearner measures ATE
     num_workers: int = 4  # loader processes per rank
     quarantine_budget: float = 0.01  # share of broken samples that ends the run
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -125,8 +129,20 @@ class DataConfig:
                 self.batch_size,
                 f"a multiple of {part}, so that labeled:unlabeled is exactly 1:{self.unlabeled_per_labeled}",
             )
+
         if self.balanced:
             self._check_balance()
+        if self.clip_frames is not None:
+            self._check_clips(self.clip_frames)
+
+    def _check_clips(self, clip_frames: int) -> None:
+        allowed = "at least 2: one frame shows no motion; null for single images"
+        check(clip_frames > 1, "data.clip_frames", clip_frames, allowed)
+        check(self.val_clip_frames > 1, "data.val_clip_frames", self.val_clip_frames, "at least 2")
+        check(self.clip_stride > 0, "data.clip_stride", self.clip_stride, "> 0")
+        check(self.augment.cutmix == 0, "data.augment.cutmix", self.augment.cutmix, "0 with data.clip_frames")
+        rotation = self.augment.camera.rotation
+        check(rotation == 0, "data.augment.camera.rotation", rotation, "0 with data.clip_frames: it would be a motion")
 
     def _check_balance(self) -> None:
         for stream, count in self.images_per_step().items():

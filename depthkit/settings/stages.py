@@ -19,6 +19,7 @@ class DepthLoss(Enum):
 @dataclass(kw_only=True)
 class StageConfig:
     target_kind: ClassVar[Literal["disparity", "depth"] | None] = "disparity"  # what it learns; None: no labels
+    reads_clips: ClassVar[bool] = False  # whether its unlabeled samples are clips of videos (data.clip_frames)
 
     name: str = MISSING
     encoder_weights: str | None = None  # "timm" (downloads), a bundle folder, or null: random
