@@ -24,6 +24,7 @@ from depthkit.data.manifest import Manifest, load_manifest
 from depthkit.data.reader import labels_manifest, selected_samples, usable_target
 from depthkit.data.remote import is_remote
 from depthkit.evaluation.settings import Aggregation, GroundTruth, kind_refusal
+from depthkit.metric_checks import check_metric
 from depthkit.trainer_checks import check_trainer, zero_stage
 from depthkit.types import Kind
 
@@ -42,6 +43,7 @@ def validate(config: TrainConfig, pending: Collection[str] = ()) -> None:
     check_streams(config)
     check_model(config)
     check_transfer(config)
+    check_metric(config)
     check_sizes(config)
     check_steps(config)
     kind = config.stage.target_kind

@@ -92,8 +92,13 @@ def build_data(config: TrainConfig) -> DepthDataModule:
         multiple=size_multiple(config.model),
         target_kind=config.stage.target_kind,
         limit_val=config.trainer.limit_val_batches,
+        needs_camera=canonical_focal_px(config) is not None,
         cache=ShardCache(config.paths),
     )
+
+
+def canonical_focal_px(config: TrainConfig) -> float | None:
+    return config.stage.canonical_focal_px if isinstance(config.stage, MetricConfig) else None
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------
@@ -161,6 +166,7 @@ def write_bundle(config: TrainConfig, module: L.LightningModule, metrics: dict[s
         model=config.model,
         kind="disparity" if isinstance(module, PretrainModule) else config.model.kind,
         short_side=min(config.data.crop_size),
+        canonical_focal_px=canonical_focal_px(config),
         provenance=provenance(config, metrics) | {"num_parameters": num_parameters(result)},
     )
     save_bundle(Path(config.run_dir) / "bundle", result, facts)

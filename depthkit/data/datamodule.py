@@ -31,7 +31,7 @@ class DepthDataModule(L.LightningDataModule):
     `num_steps` counts batches. Training targets are in `target_kind`; None reads images alone. Validation images keep
     their aspect: shorter side as the crop, sides multiples of `multiple`; their targets are depth in metres. Validation
     clips, whose batches have images (1, T, 3, H, W), come after all single images. Remote shards are fetched into
-    `cache`, those of the next steps in the background.
+    `cache`, those of the next steps in the background. With `needs_camera` an image of unknown focal length is broken.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class DepthDataModule(L.LightningDataModule):
         target_kind: Kind | None = "disparity",
         limit_val: int | None = None,
         cache: ShardCache | None = None,
+        needs_camera: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -53,6 +54,7 @@ class DepthDataModule(L.LightningDataModule):
         self.target_kind = target_kind
         self.limit_val = limit_val
         self.cache = cache
+        self.needs_camera = needs_camera
 
     def prepare_data(self) -> None:
         for group in (self.config.labeled, self.config.unlabeled, self.config.val, self.config.val_clips):
@@ -69,7 +71,7 @@ class DepthDataModule(L.LightningDataModule):
 
     def train_loader(self, *, start_step: int = 0, rank: int = 0, world_size: int = 1) -> DataLoader:
         """This rank's part of the batches from `start_step` on, whatever the workers and earlier interruptions."""
-        streams = build_streams(self.config, self.target_kind, self.seed, self.cache)
+        streams = build_streams(self.config, self.target_kind, self.seed, self.cache, self.needs_camera)
         sampler = StepSampler(
             {name: stream.images_per_step for name, stream in streams.items()},
             num_steps=self.num_steps,
@@ -83,7 +85,7 @@ class DepthDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader | list[Any]:
         if not self.config.val and not self.config.val_clips:
             return []
-        readers = val_readers(self.config, self.cache)
+        readers = val_readers(self.config, self.cache, self.needs_camera)
         dataset = WholeImages(
             readers, short_side=min(self.config.crop_size), multiple=self.multiple, limit=self.limit_val
         )
@@ -145,11 +147,13 @@ class WholeImages(Dataset):
             return reader.rejection(shard, sample, error)
 
 
-def val_readers(config: DataConfig, cache: ShardCache | None = None) -> list[DatasetReader | ClipReader]:
+def val_readers(
+    config: DataConfig, cache: ShardCache | None = None, needs_camera: bool = False
+) -> list[DatasetReader | ClipReader]:
     """Readers of `data.val` and, after them, of `data.val_clips`: images and poses of clips that share no frame."""
     length = {"num_frames": config.val_clip_frames, "stride": config.clip_stride}
     return [
-        *(DatasetReader(name, dataset, "depth", cache) for name, dataset in config.val.items()),
+        *(DatasetReader(name, dataset, "depth", cache, needs_camera) for name, dataset in config.val.items()),
         *(
             ClipReader(name, dataset, None, cache, **length, every=clip_span(**length))
             for name, dataset in config.val_clips.items()
@@ -170,14 +174,19 @@ def spread(places: list[tuple[int, int, int]], limit: int | None) -> list[tuple[
 
 
 def build_streams(
-    config: DataConfig, target_kind: Kind | None, seed: int, cache: ShardCache | None = None
+    config: DataConfig,
+    target_kind: Kind | None,
+    seed: int,
+    cache: ShardCache | None = None,
+    needs_camera: bool = False,
 ) -> dict[str, Stream]:
     """The training streams that have data sets, by name."""
     streams = {}
     clips = partial(ClipReader, num_frames=config.clip_frames or 0, stride=config.clip_stride)
+    images = partial(DatasetReader, needs_camera=needs_camera)
     for name, images_per_step in config.images_per_step().items():
         group: Mapping[str, DatasetConfig] = getattr(config, name)
-        read = clips if name == "unlabeled" and config.clip_frames else DatasetReader
+        read = clips if name == "unlabeled" and config.clip_frames else images
         if group:
             streams[name] = Stream(
                 name,

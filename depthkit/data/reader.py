@@ -30,11 +30,21 @@ class DatasetReader:
     Labels come from the data set's own shards or, with `config.labels`, from a pseudo-label set whose shards belong one
     for one to the image shards. With `kind` None only images are read and every target is empty of supervision.
 
+    With `needs_camera` a sample whose facts do not say the focal length is refused.
+
     With `config.selection` shards and samples are those that it keeps: both are numbered as if there were no others.
     """
 
-    def __init__(self, name: str, config: DatasetConfig, kind: Kind | None, cache: ShardCache | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: DatasetConfig,
+        kind: Kind | None,
+        cache: ShardCache | None = None,
+        needs_camera: bool = False,
+    ) -> None:
         self.name = name
+        self.needs_camera = needs_camera
         self.kind = kind
         self.depth_range = config.depth_range
         images = load_manifest(config.manifest)
@@ -83,9 +93,15 @@ class DatasetReader:
 
     def _sample(self, raw: RawSample, shard: int, size: tuple[int, int], window: Window, **decoded: Any) -> Sample:
         facts = image_facts(raw.members)
+        intrinsics_px = image_intrinsics(facts, size)
+        if self.needs_camera and not np.isfinite(intrinsics_px).all():
+            raise SampleError(
+                "its facts lack intrinsics_px, [fx, fy, cx, cy] of a pinhole camera, which stage.canonical_focal_px "
+                "needs; state K in the index that is packed"
+            )
         return Sample(
             **decoded,
-            intrinsics_px=window_intrinsics(image_intrinsics(facts, size), window),
+            intrinsics_px=window_intrinsics(intrinsics_px, window),
             camera_to_world=window_pose(image_pose(facts), window),
             key=raw.key,
             dataset=self.name,

@@ -66,7 +66,8 @@ def fixed_batches(dataset: Any, num_images: int) -> list[Batch]:
 def predict(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> Tensor:
     """(1, H, W) float32 on the CPU."""
     with trainer.precision_plugin.forward_context():
-        values = pl_module(normalize(batch["image"].to(pl_module.device))).values
+        moved = {"image": normalize(batch["image"].to(pl_module.device)), "intrinsics_px": batch["intrinsics_px"]}
+        values = pl_module.predict(moved)
     return values.float().cpu()
 
 

@@ -66,9 +66,16 @@ class MetricConfig(StageConfig):
     variance_focus: float = 0.5  # of the loss: 1 does not see a wrong scale, 0 counts it fully
     sample_variance: bool = False  # the loss divides its variance by n - 1, as ZoeDepth, instead of n
     loss_scale: float = 1.0  # factor on the loss, which gradient clipping does see
+    pooled: bool = False  # one loss over the pixels of all images of a batch (of a rank), as ZoeDepth; not one for each
+    domains: dict[str, str] = field(default_factory=dict)  # name in data.labeled -> model.heads; {}: that of its name
+    domain_weight: float = 100.0  # of the cross entropy of the router, for a model with heads
+    canonical_focal_px: float | None = None  # learn depth * this / focal length in pixels of the crop; null: depth
 
     def __post_init__(self) -> None:
         check(0 <= self.variance_focus <= 1, "stage.variance_focus", self.variance_focus, "0 to 1")
+        check(self.domain_weight >= 0, "stage.domain_weight", self.domain_weight, ">= 0")
+        focal = self.canonical_focal_px
+        check(focal is None or focal > 0, "stage.canonical_focal_px", focal, "> 0 (pixels), or null")
         check(self.loss_scale > 0, "stage.loss_scale", self.loss_scale, "> 0")
         from_bundle = self.encoder_weights not in (None, "timm")
         allowed = "false, or stage.encoder_weights the bundle of a depth model"

@@ -54,11 +54,15 @@ class DepthModule(L.LightningModule):
         self.log("loss", total.detach(), logger=False)
         return {"loss": total, "image_losses": {name: values.detach() for name, values in parts.items()}}
 
+    def predict(self, batch: Batch) -> Tensor:
+        """Values (B, H, W) for the images of a batch, which are normalised, in the kind that the stage learns."""
+        return self(batch["image"]).values
+
     def validation_step(self, batch: Batch | Rejection, batch_idx: int) -> None:
         """Metrics of whole images in depth, after the alignment that the protocol names."""
         if isinstance(batch, Rejection):
             return
-        prediction = self(batch["image"]).values
+        prediction = self.predict(batch)
         for name, value in score(
             prediction, batch["target"], batch["valid_mask"], self.protocol, self.stage.target_kind or "disparity"
         ).items():
