@@ -21,8 +21,8 @@ def check_metric(config: TrainConfig) -> None:
         limit = limits[name]
         if found is not None and limit is not None:
             allowed = (
-                f"at least {found:g} m, the largest depth that {source} states for data.labeled.{name}; or cut the labels "
-                f"with data.labeled.{name}.depth_range=[0,{limit:g}]"
+                f"at least {found:g} m, the largest depth that {source} states for data.labeled.{name}; or cut its "
+                f"labels with data.labeled.{name}.depth_range=[0,{limit:g}]"
             )
             check(found <= limit, "model.max_depth", limit, allowed)
 

@@ -67,7 +67,7 @@ def predict(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> T
     """(1, H, W) float32 on the CPU."""
     with trainer.precision_plugin.forward_context():
         moved = {"image": normalize(batch["image"].to(pl_module.device)), "intrinsics_px": batch["intrinsics_px"]}
-        values = pl_module.predict(moved)
+        values = pl_module.predict(moved)  # type: ignore[operator]
     return values.float().cpu()
 
 
