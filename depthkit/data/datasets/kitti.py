@@ -43,7 +43,7 @@ def find_2015(root: Path) -> dict[str, Iterator[Pair]]:
     def facts_of(image: Path) -> dict[str, Any]:
         calibration = read_calibration(training / "calib_cam_to_cam" / f"{image.stem.partition('_')[0]}.txt")
         left, right = calibration["P_rect_02"], calibration["P_rect_03"]
-        return {"intrinsics_px": _intrinsics(left), "baseline_m": (left[3] - right[3]) / left[0]}
+        return {"intrinsics_px": projection_intrinsics(left), "baseline_m": (left[3] - right[3]) / left[0]}
 
     labels = training / "disp_occ_0"
     return {
@@ -127,7 +127,7 @@ def _pair(root: Path, image: str, label: Source) -> Pair:
     """The key leaves out what all frames share: DATE/DATE_drive_0002_sync/image_02/data/0000000069.png."""
     date, drive, _, _, name = Path(image).parts
     calibration = read_calibration(root / date / "calib_cam_to_cam.txt")
-    facts = {"source_id": image, "intrinsics_px": _intrinsics(calibration["P_rect_02"]), "sequence": drive}
+    facts = {"source_id": image, "intrinsics_px": projection_intrinsics(calibration["P_rect_02"]), "sequence": drive}
     return Pair(
         key=safe(f"{drive}_{Path(name).stem}"),
         image=file(root / image),
@@ -136,6 +136,6 @@ def _pair(root: Path, image: str, label: Source) -> Pair:
     )
 
 
-def _intrinsics(projection: np.ndarray) -> list[float]:
+def projection_intrinsics(projection: np.ndarray) -> list[float]:
     """[fx, fy, cx, cy] of a (3, 4) projection matrix given as 12 numbers."""
     return projection[[0, 5, 2, 6]].tolist()
