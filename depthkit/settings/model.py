@@ -75,6 +75,7 @@ class MetricBinsConfig(DPTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.centers in ("softplus", "normed"), "model.centers", self.centers, "softplus or normed")
+        check(self.decoder == "dpt", "model.decoder", self.decoder, "dpt: the bins read its maps")
         check(len(self.heads) != 1, "model.heads", self.heads, "at least two, or {} for one up to model.max_depth")
         largest = max(self.heads.values(), default=self.max_depth)
         allowed = f"{largest}, the largest of model.heads={self.heads}" if self.heads else "metres: bins are of depth"
