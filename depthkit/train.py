@@ -114,7 +114,13 @@ def build_pretrain(config: TrainConfig) -> L.LightningModule:
 
 def build_teacher(config: TrainConfig) -> L.LightningModule:
     assert isinstance(config.stage, TeacherConfig)
-    return TeacherModule(build_initialised_model(config), config.stage, config.optim, config.protocol)
+    return TeacherModule(
+        build_initialised_model(config),
+        config.stage,
+        config.optim,
+        config.protocol,
+        num_datasets=len(config.data.labeled),
+    )
 
 
 def build_student(config: TrainConfig) -> L.LightningModule:

@@ -43,10 +43,13 @@ class TeacherConfig(StageConfig):
     name: str = "teacher"
     loss: DepthLoss = DepthLoss.affine_invariant
     gradient_matching_weight: float = 0.0
+    drop_fraction: float = 0.0  # largest residuals of an image that are dropped (MiDaS: 0.2)
+    pareto: bool = False  # weigh the losses of the data sets such that a step raises none (MiDaS), not equally
 
     def __post_init__(self) -> None:
         weight = self.gradient_matching_weight
         check(weight >= 0, "stage.gradient_matching_weight", weight, ">= 0")
+        check(0 <= self.drop_fraction < 1, "stage.drop_fraction", self.drop_fraction, "0 to < 1")
 
 
 class DepthErrorLoss(Enum):
