@@ -54,12 +54,13 @@ class MetricModule(DepthModule):
             losses = self.loss(*(part.flatten(0, 1)[None] for part in maps)).expand(len(depth))
         else:
             losses = self.loss(*maps)
-        losses = self.stage.loss_scale * losses
+        parts, weights = {"labeled": self.stage.loss_scale * losses}, {"labeled": 1.0}
         if output.domain_logits is not None:
-            domain = self.domain_loss(output.domain_logits, labeled["dataset"])
-            self.log("loss/domain", domain.detach().mean(), logger=False)
-            losses = losses + self.stage.domain_weight * domain
-        return self.weigh({"labeled": losses}, {"labeled": 1.0})
+            parts["domain"] = self.domain_loss(output.domain_logits, labeled["dataset"])
+            weights["domain"] = self.stage.domain_weight
+        step = self.weigh(parts, weights)
+        step["loss"] = step["loss"] * sum(weights.values())  # a sum, as published, whose size clipping sees
+        return step
 
     def camera_factor(self, batch: Batch) -> Tensor | float:
         """What the network says, times this, is metres: (B, 1, 1), or 1 without a canonical camera."""
