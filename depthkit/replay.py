@@ -91,7 +91,7 @@ def compute(
         module.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
         loader = data.train_loader(start_step=step * accumulated, rank=rank, world_size=world_size)
         for index, loaded in zip(range(step * accumulated, (step + 1) * accumulated), loader, strict=False):
-            pixels = {stream: part["image"] for stream, part in loaded.items()}
+            pixels = {stream: middle_frames(part["image"]) for stream, part in loaded.items()}
             batch = data.on_after_batch_transfer(data.transfer_batch_to_device(loaded, module.device, 0), 0)
             SeedBatches(config.seed).on_train_batch_start(module.trainer, module, batch, index)
             with trainer.precision_plugin.train_step_context():
@@ -102,6 +102,11 @@ def compute(
             show(step, batch, pixels, outputs.get("image_losses", {}), kind, out)
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     return sum(losses) / len(losses), float(torch.nn.utils.get_total_norm(gradients))
+
+
+def middle_frames(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) as they are, of clips (B, T, 3, H, W) the frame that targets and keys belong to."""
+    return images if images.ndim == 4 else images[:, images.shape[1] // 2]
 
 
 def show(

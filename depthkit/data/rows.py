@@ -17,7 +17,8 @@ with spaces between them, or JSON.
     label_size       [width, height] where the label is smaller than the image
     K, camera        [fx, fy, cx, cy] in pixels of the image; what camera it is when not a pinhole
     baseline_m, doffs   calibrated stereo: metres and pixels
-    pose, seq, frame    text file with the 4x4 camera-to-world matrix; place in a video
+    pose, seq, frame    text file with the 4x4 camera-to-world matrix; place in a video. Frames of one seq, with K, are
+                     what `stage=video` learns from: they are packed in order, and the manifest lists their runs
     right, domain, derived, synthetic   known, not packed
 """
 
