@@ -17,6 +17,7 @@ from depthkit.config import (
     TeacherConfig,
     TrainConfig,
     TransferMode,
+    VideoConfig,
     check,
 )
 from depthkit.data.clips import check_clips, clip_span, num_clips, runs_of
@@ -171,6 +172,10 @@ def check_dataset(field_name: str, dataset: DatasetConfig, kind: Kind | None) ->
 def check_video(config: TrainConfig) -> None:
     """The data sets whose samples are clips hold video."""
     data, val_clips = config.data, list(config.data.val_clips)
+    if isinstance(config.stage, VideoConfig):
+        length, seen = data.val_clip_frames, data.clip_frames or 0
+        allowed = f"at least data.clip_frames={seen}, which the ego-motion network sees at a time"
+        check(not val_clips or length >= seen, "data.val_clip_frames", length, allowed)
     check(data.clip_frames is not None or not val_clips, "data.val_clips", val_clips, "empty without data.clip_frames")
     for group, num_frames in (("unlabeled", data.clip_frames), ("val_clips", data.val_clip_frames)):
         datasets: Mapping[str, DatasetConfig] = getattr(data, group) if num_frames is not None else {}
@@ -202,7 +207,8 @@ def check_protocol(config: TrainConfig) -> None:
     for name, usual in plain.items():
         allowed = f"{usual!r} in training; `depthkit evaluate` knows the others"
         check(getattr(protocol, name) == usual, f"protocol.{name}", getattr(protocol, name), allowed)
-    if reason := kind_refusal(protocol, config.stage.target_kind or "disparity"):
+    learned = config.model.kind if config.stage.reads_clips else config.stage.target_kind or "disparity"
+    if reason := kind_refusal(protocol, learned):
         raise ConfigError(reason)
     if protocol.datasets is None:
         return
@@ -219,7 +225,7 @@ def check_model(config: TrainConfig) -> None:
 
     kind = config.stage.target_kind or "disparity"
     cure = "metres, the largest depth that it predicts" if kind == "depth" else "null"
-    if config.model.kind != kind:
+    if config.model.kind != kind and not config.stage.reads_clips:
         raise ConfigError(
             f"model.max_depth={config.model.max_depth}: {config.model.title} predicts {config.model.kind}, and "
             f"stage={config.stage.name} learns {kind}; max_depth must be {cure}, or choose another model"

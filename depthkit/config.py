@@ -14,7 +14,14 @@ from omegaconf import MISSING
 from depthkit.errors import ConfigError, check
 from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.settings.data import AugmentConfig, CameraAugmentConfig, DataConfig, DatasetConfig, WorldConfig
-from depthkit.settings.model import DPTConfig, Eigen2014Config, MetricBinsConfig, ModelConfig
+from depthkit.settings.model import (
+    DispNetConfig,
+    DPTConfig,
+    EgomotionConfig,
+    Eigen2014Config,
+    MetricBinsConfig,
+    ModelConfig,
+)
 from depthkit.settings.optim import Algorithm, OptimConfig, Schedule
 from depthkit.settings.stages import (
     DepthErrorLoss,
@@ -25,6 +32,7 @@ from depthkit.settings.stages import (
     StageConfig,
     StudentConfig,
     TeacherConfig,
+    VideoConfig,
 )
 from depthkit.settings.transfer import TransferConfig, TransferMode
 
@@ -39,10 +47,12 @@ __all__ = [
     "DPTConfig",
     "DataConfig",
     "DatasetConfig",
-    "Eigen2014Config",
     "DemoConfig",
     "DepthErrorLoss",
     "DepthLoss",
+    "DispNetConfig",
+    "EgomotionConfig",
+    "Eigen2014Config",
     "MetricBinsConfig",
     "MetricConfig",
     "ModelConfig",
@@ -59,6 +69,7 @@ __all__ = [
     "TrainerConfig",
     "TransferConfig",
     "TransferMode",
+    "VideoConfig",
     "WorldConfig",
     "check",
 ]

@@ -66,7 +66,7 @@ def nearest(points: Tensor, target: Tensor, target_mask: Tensor | None = None) -
     centre = points.mean(1, keepdim=True)
     shifted = target - centre
     squares = shifted.square().sum(-1)[:, None]
-    chunks = [(squares - 2 * (chunk - centre) @ shifted.mT).argmin(2) for chunk in points.split(rows, dim=1)]
+    chunks = [(squares - 2 * (chunk - centre) @ shifted.mT).argmin(2) for chunk in torch.split(points, rows, dim=1)]
     places = torch.cat(chunks, 1)
     return target.gather(1, places[..., None].expand(-1, -1, 3))
 
@@ -97,8 +97,8 @@ class _RegisterClouds(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: object, source: Tensor, motion: Tensor, target: Tensor, source_mask: Tensor, target_mask: Tensor,
-        max_iterations: int,
+        ctx: object, source: Tensor, motion: Tensor, target: Tensor, source_mask: Tensor | None,
+        target_mask: Tensor | None, max_iterations: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         matrix = pose_matrix(motion)
         moved = source.float() @ matrix[:, :3, :3].mT + matrix[:, None, :3, 3]
@@ -106,7 +106,7 @@ class _RegisterClouds(torch.autograd.Function):
         return pose_vector(found.motion), found.residual
 
     @staticmethod
-    def backward(ctx: object, grad_motion: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: object, grad_motion: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
         return -grad_residual, -grad_motion, None, None, None, None
 
 
@@ -114,8 +114,8 @@ def icp_loss(
     source: Tensor,
     motion: Tensor,
     target: Tensor,
-    source_mask: Tensor,
-    target_mask: Tensor,
+    source_mask: Tensor | None = None,
+    target_mask: Tensor | None = None,
     *,
     max_iterations: int = MAX_ITERATIONS,
 ) -> Tensor:

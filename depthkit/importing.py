@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from depthkit.bundle import UNITS, BundleError, BundleFacts, save_bundle
+from depthkit.bundle import BundleError, BundleFacts, save_bundle
 from depthkit.config import DPTConfig
 from depthkit.formats.huggingface import read_huggingface
 from depthkit.formats.official import read_checkpoint
@@ -70,4 +70,4 @@ def describe(model: DepthModel | Encoder, facts: BundleFacts) -> str:
         return f"{facts.model.title}, an encoder alone ({parameters:.1f} M parameters), for stage.encoder_weights"
     assert isinstance(facts.model, DPTConfig)  # all published files hold such
     taps = ",".join(map(str, facts.model.tap_layers))
-    return f"{facts.model.title} with taps {taps} ({parameters:.1f} M parameters), {facts.kind}: {UNITS[facts.kind]}"
+    return f"{facts.model.title} with taps {taps} ({parameters:.1f} M parameters), {facts.kind}: {facts.model.unit}"

@@ -51,22 +51,24 @@ def ssim_loss(warped: Tensor, image: Tensor, valid_mask: Tensor) -> Tensor:
     return (ssim_error(warped, image) * share).mean((1, 2))
 
 
-def photometric_error(warped: Tensor, image: Tensor, *, ssim_weight: float = 0.85) -> Tensor:
-    """`(1 - ssim_weight) * reconstruction + ssim_weight * ssim`, (B, H, W); windows at the border see it mirrored.
+def photometric_error(
+    warped: Tensor, image: Tensor, *, reconstruction_weight: float = 0.15, ssim_weight: float = 0.85
+) -> Tensor:
+    """The weighted sum of both errors at every pixel, (B, H, W); windows at the border see it mirrored.
 
-    Source: monodepth2 (Godard et al. 2019) section 3.1.
+    Source: monodepth2 (Godard et al. 2019) section 3.1, whose weights are the default.
     """
     mirrored = [functional.pad(values.float(), (1, 1, 1, 1), mode="reflect") for values in (warped, image)]
-    return (1 - ssim_weight) * reconstruction_error(warped, image) + ssim_weight * ssim_error(*mirrored)
+    return reconstruction_weight * reconstruction_error(warped, image) + ssim_weight * ssim_error(*mirrored)
 
 
 def minimum_reprojection_loss(errors: Tensor, valid_masks: Tensor, static_errors: Tensor | None = None) -> Tensor:
     """Mean over the pixels that count of the smallest of the sources' errors; 0 where no pixel counts.
 
     `errors`, `valid_masks` are (S, B, H, W): photometric errors of S warped sources and where each is known. The
-    minimum forgives what only one neighbour hides. With `static_errors` (S, B, H, W), those of the sources as they are, a pixel
-    counts only where warping is better than not warping: what moves along with the camera, and a camera that stands
-    still, teach nothing. Source: monodepth2 (Godard et al. 2019) sections 3.1 and 3.2.
+    minimum forgives what only one neighbour hides. With `static_errors` (S, B, H, W), those of the sources as they are,
+    a pixel counts only where warping is better than not warping: what moves along with the camera, and a camera that
+    stands still, teach nothing. Source: monodepth2 (Godard et al. 2019) sections 3.1 and 3.2.
     """
     smallest = torch.where(valid_masks, errors.float(), torch.inf).amin(0)
     counts = valid_masks.any(0)
@@ -89,9 +91,11 @@ def smoothness_loss(disparity: Tensor, image: Tensor) -> Tensor:
 
 
 def mean_normalized(disparity: Tensor) -> Tensor:
-    """`d / mean d` of each image: smoothness then gains nothing from a world that shrinks.
+    """`d / mean d`, the mean over all but the first dimension: of each image (B, H, W), or of each clip (B, T, H, W).
 
-    Source: Wang et al. 2018 (DDVO) section 3.2; monodepth2.
+    Without it smoothness gains from a world that shrinks, and the motion that fits depends on a scale that no image
+    shows. Source: Wang et al. 2018 (DDVO) section 3.2.
     """
     disparity = disparity.float()
-    return disparity / disparity.mean((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    mean = disparity.flatten(1).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+    return disparity / mean.view(-1, *[1] * (disparity.dim() - 1))

@@ -16,13 +16,16 @@ from depthkit.config import (
     StudentConfig,
     TeacherConfig,
     TrainConfig,
+    VideoConfig,
 )
 from depthkit.data.cache import ShardCache
 from depthkit.data.datamodule import DepthDataModule
+from depthkit.egomotion_bundle import save_egomotion
 from depthkit.engine import build_trainer, prepare_model
 from depthkit.hydra_entry import hydra_main
 from depthkit.label import label
 from depthkit.models import DepthModel, PlainEncoder, build_encoder, build_model, num_parameters
+from depthkit.models.egomotion import EgomotionNet
 from depthkit.provenance import provenance
 from depthkit.reporting import reporters
 from depthkit.run_folder import enter
@@ -34,6 +37,7 @@ from depthkit.stages.metric import MetricModule
 from depthkit.stages.pretrain import PretrainModule
 from depthkit.stages.student import StudentModule
 from depthkit.stages.teacher import TeacherModule
+from depthkit.stages.video import VideoModule
 from depthkit.transfer import apply_transfer, merge_adapters
 
 
@@ -73,7 +77,7 @@ def fit(config: TrainConfig, callbacks: Sequence[L.Callback] = ()) -> float | No
     if trainer.global_step < config.trainer.max_steps:
         return None  # stopped early: the checkpoints are there, the bundle comes with the last step
     metrics: dict[str, float] = {}
-    if config.data.val and not isinstance(module, PretrainModule):
+    if (config.data.val or config.data.val_clips) and not isinstance(module, PretrainModule):
         trainer.validate(module, data, verbose=False)
         metrics = val_metrics(trainer)
     with whole_weights(module):
@@ -138,11 +142,22 @@ def build_metric(config: TrainConfig) -> L.LightningModule:
     return MetricModule(model, config.model.max_depth, config.stage, config.optim, config.protocol)
 
 
+def build_video(config: TrainConfig) -> L.LightningModule:
+    assert isinstance(config.stage, VideoConfig)
+    model = build_initialised_model(config)
+    if config.stage.decoder_weights:
+        load_depth_model_weights(model, Path(str(config.stage.encoder_weights)))
+    assert config.data.clip_frames is not None
+    egomotion = EgomotionNet(config.stage.egomotion, config.data.clip_frames)
+    return VideoModule(model, egomotion, config.model.kind, config.stage, config.optim, config.protocol)
+
+
 STAGES = {
     PretrainConfig: build_pretrain,
     TeacherConfig: build_teacher,
     StudentConfig: build_student,
     MetricConfig: build_metric,
+    VideoConfig: build_video,
 }
 
 
@@ -175,4 +190,6 @@ def write_bundle(config: TrainConfig, module: L.LightningModule, metrics: dict[s
         canonical_focal_px=canonical_focal_px(config),
         provenance=provenance(config, metrics) | {"num_parameters": num_parameters(result)},
     )
+    if isinstance(config.stage, VideoConfig) and isinstance(module, VideoModule):
+        save_egomotion(Path(config.run_dir) / "egomotion", module.egomotion, config.stage.egomotion)
     save_bundle(Path(config.run_dir) / "bundle", result, facts)

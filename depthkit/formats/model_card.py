@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from depthkit.bundle import UNITS, BundleFacts
+from depthkit.bundle import BundleFacts
 from depthkit.config import DPTConfig, ModelConfig
 from depthkit.licences import (
     OTHER,
@@ -77,8 +77,8 @@ def model_card(facts: BundleFacts, *, results: Sequence[Path] = (), licence: str
     return environment.get_template("model_card.md.j2").render(
         front_matter=front_matter(facts, licence, derived),
         title=provenance.get("run_name") or provenance.get("source") or "Monocular depth model",
-        is_metric=facts.kind == "depth",
-        unit=UNITS[facts.kind],
+        is_metric=facts.model.unit.startswith("metres"),
+        unit=facts.model.unit,
         facts=facts,
         architecture=architecture(facts.model),
         provenance=provenance,
@@ -109,7 +109,7 @@ def front_matter(facts: BundleFacts, declared: str | None, derived: Licence) -> 
         "tags": [
             "depthkit",
             "monocular-depth-estimation",
-            "metric-depth" if facts.kind == "depth" else "relative-depth",
+            "metric-depth" if facts.model.unit.startswith("metres") else "relative-depth",
             facts.model.architecture,
             facts.model.title,
         ],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from depthkit.bundle import UNITS, BundleFacts
+from depthkit.bundle import BundleFacts
 from depthkit.data.decode import decode_image
 from depthkit.data.quarantine import SampleError
 from depthkit.data.windows import inference_size, normalize
@@ -45,7 +45,7 @@ class Predictor:
         self.multiple = multiple
         self.device = device
         self.kind: Kind = facts.kind
-        self.unit = UNITS[facts.kind]
+        self.unit = facts.model.unit
         self.sha256 = facts.sha256
 
     @overload

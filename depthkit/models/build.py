@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from depthkit.config import DPTConfig, Eigen2014Config, MetricBinsConfig, ModelConfig
+from depthkit.config import DispNetConfig, DPTConfig, Eigen2014Config, MetricBinsConfig, ModelConfig
 from depthkit.models.depth_model import DepthModel
+from depthkit.models.dispnet import DispNet
 from depthkit.models.dpt import HEAD_WIDTH, DPTDecoder
 from depthkit.models.eigen import Eigen2014
 from depthkit.models.encoder import Encoder, create_encoder
-from depthkit.models.metric_bins import MetricBins, MetricBinsDecoder, MetricBinsModel
 from depthkit.models.linear import LinearDecoder
+from depthkit.models.metric_bins import MetricBins, MetricBinsDecoder, MetricBinsModel
 
 
 def build_encoder(config: DPTConfig, *, pretrained: bool = False) -> Encoder:
@@ -56,10 +57,16 @@ def build_eigen2014(config: Eigen2014Config, *, pretrained_encoder: bool = False
     return Eigen2014(config)
 
 
+def build_dispnet(config: DispNetConfig, *, pretrained_encoder: bool = False) -> DepthModel:
+    assert not pretrained_encoder, "refused while composing: it is not in timm"
+    return DispNet(config)
+
+
 BUILDERS: dict[type[ModelConfig], Callable[..., DepthModel]] = {
     DPTConfig: build_dpt,
     MetricBinsConfig: build_metric_bins,
     Eigen2014Config: build_eigen2014,
+    DispNetConfig: build_dispnet,
 }
 """Settings -> what builds their network: `build(config, pretrained_encoder=False)`."""
 

@@ -27,6 +27,11 @@ class ModelConfig:
         return "disparity" if self.max_depth is None else "depth"
 
     @property
+    def unit(self) -> str:
+        """Of the values."""
+        return "relative, larger = nearer" if self.kind == "disparity" else "metres, planar z"
+
+    @property
     def title(self) -> str:
         """The network in a word or two."""
         return self.architecture
@@ -116,7 +121,9 @@ class Eigen2014Config(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(len(self.input_size) == 2, "model.input_size", self.input_size, "[height, width]")
-        check(min(self.input_size) >= 63, "model.input_size", self.input_size, "at least 63 pixels each: coarse5 needs it")
+        check(
+            min(self.input_size) >= 63, "model.input_size", self.input_size, "at least 63 pixels each: coarse5 needs it"
+        )
         rows, height = self.predicted_rows, self.input_size[0]
         check(11 <= rows <= height, "model.predicted_rows", rows, f"11 to the {height} rows of model.input_size")
         check(len(self.coarse_widths) == 5, "model.coarse_widths", self.coarse_widths, "five widths")
@@ -128,10 +135,44 @@ class Eigen2014Config(ModelConfig):
         return "depth"
 
 
+@dataclass(kw_only=True)
+class DispNetConfig(ModelConfig):
+    """The convolutional pyramid of SfMLearner and vid2depth: depth up to scale, learned from video."""
+
+    architecture: str = "dispnet"
+    width_factor: float = 1.0  # of all its widths; 1 is the published network
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.width_factor > 0, "model.width_factor", self.width_factor, "> 0")
+        check(self.max_depth is None, "model.max_depth", self.max_depth, "null: dispnet does not know metres")
+
+    @property
+    def kind(self) -> Literal["disparity", "depth"]:
+        return "depth"
+
+    @property
+    def unit(self) -> str:
+        return "relative"
+
+
+@dataclass(kw_only=True)
+class EgomotionConfig:
+    """The network that tells how the camera moved; not part of the depth model."""
+
+    widths: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256, 256, 256])  # of its convolutions
+    search_px: int | None = None  # compare frames at half size at shifts up to this; null: learn to, as published
+
+    def __post_init__(self) -> None:
+        check(1 <= len(self.widths) <= 7, "egomotion.widths", self.widths, "one to seven widths")
+        check(self.search_px is None or self.search_px > 0, "egomotion.search_px", self.search_px, "> 0 or null")
+
+
 ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "dpt": DPTConfig,
     "metric_bins": MetricBinsConfig,
     "eigen2014": Eigen2014Config,
+    "dispnet": DispNetConfig,
 }
 """Name of an architecture in a bundle -> its settings."""
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from omegaconf import MISSING
 
 from depthkit.errors import check
+from depthkit.settings.model import EgomotionConfig
 
 
 class DepthLoss(Enum):
@@ -80,6 +81,41 @@ class MetricConfig(StageConfig):
         focal = self.canonical_focal_px
         check(focal is None or focal > 0, "stage.canonical_focal_px", focal, "> 0 (pixels), or null")
         check(self.loss_scale > 0, "stage.loss_scale", self.loss_scale, "> 0")
+        from_bundle = self.encoder_weights not in (None, "timm")
+        allowed = "false, or stage.encoder_weights the bundle of a depth model"
+        check(not self.decoder_weights or from_bundle, "stage.decoder_weights", self.decoder_weights, allowed)
+
+
+@dataclass(kw_only=True)
+class VideoConfig(StageConfig):
+    """Depth and ego-motion from video without labels. The defaults are those of vid2depth."""
+
+    target_kind = None
+    reads_clips = True
+
+    name: str = "video"
+    decoder_weights: bool = False  # start from the decoder of the bundle `encoder_weights` too; False: a fresh one
+    egomotion: EgomotionConfig = field(default_factory=EgomotionConfig)
+    reconstruction_weight: float = 0.85
+    ssim_weight: float = 0.15
+    smoothness_weight: float = 0.05  # halved from scale to scale
+    icp_weight: float = 0.1  # halved from scale to scale; 0 spares the search for neighbours
+    icp_points: int | None = None  # of a cloud, evenly spaced, that ICP sees; null: all
+    num_scales: int = 4  # of disparity and images, each half the size of the one before
+    minimum_reprojection: bool = False  # of a frame's neighbours count the better one, pixel by pixel (monodepth2)
+    auto_mask: bool = False  # with it: only pixels that warping explains better than standing still
+    normalize_disparity: bool = False  # the disparity of a clip is divided by its mean (DDVO)
+
+    def __post_init__(self) -> None:
+        weights = ("reconstruction_weight", "ssim_weight", "smoothness_weight", "icp_weight")
+        for name in weights:
+            check(getattr(self, name) >= 0, f"stage.{name}", getattr(self, name), ">= 0")
+        photometric = self.reconstruction_weight + self.ssim_weight
+        check(photometric > 0, "stage.reconstruction_weight + stage.ssim_weight", photometric, "> 0")
+        check(1 <= self.num_scales <= 4, "stage.num_scales", self.num_scales, "1 to 4")
+        check(self.icp_points is None or self.icp_points > 3, "stage.icp_points", self.icp_points, "> 3, or null")
+        allowed = "false without stage.minimum_reprojection=true"
+        check(self.minimum_reprojection or not self.auto_mask, "stage.auto_mask", self.auto_mask, allowed)
         from_bundle = self.encoder_weights not in (None, "timm")
         allowed = "false, or stage.encoder_weights the bundle of a depth model"
         check(not self.decoder_weights or from_bundle, "stage.decoder_weights", self.decoder_weights, allowed)

@@ -17,7 +17,7 @@ from depthkit.losses import MapLoss, affine_invariant_loss, gradient_matching_lo
 from depthkit.models import DepthModel
 from depthkit.optim import build_optimizer, build_schedule, parameter_groups
 from depthkit.transfer import keep_frozen_in_eval
-from depthkit.types import Batch, ModelOutput, Rejection, StepOutput
+from depthkit.types import Batch, Kind, ModelOutput, Rejection, StepOutput
 
 
 class DepthModule(L.LightningModule):
@@ -62,10 +62,12 @@ class DepthModule(L.LightningModule):
         """Metrics of whole images in depth, after the alignment that the protocol names."""
         if isinstance(batch, Rejection):
             return
-        prediction = self.predict(batch)
-        for name, value in score(
-            prediction, batch["target"], batch["valid_mask"], self.protocol, self.stage.target_kind or "disparity"
-        ).items():
+        self.judge(self.predict(batch), batch, self.stage.target_kind or "disparity")
+
+    def judge(self, prediction: Tensor, batch: Batch, kind: Kind) -> None:
+        """Add the protocol's metrics of a prediction of `kind` to those of the validation so far."""
+        values = score(prediction, batch["target"], batch["valid_mask"], self.protocol, kind)
+        for name, value in values.items():
             self.val_metrics[name].update(value)
 
     def on_validation_epoch_end(self) -> None:
