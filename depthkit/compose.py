@@ -24,6 +24,7 @@ from depthkit.config import (
     TrainerConfig,
     TransferConfig,
 )
+from depthkit.doctor.settings import DoctorConfig
 from depthkit.evaluation.settings import EvaluateConfig, ProtocolConfig
 from depthkit.planning.settings import ClusterConfig, PlanConfig
 from depthkit.sweeps.settings import SearchConfig
@@ -33,6 +34,7 @@ SCHEMAS: dict[tuple[str | None, str], type] = {
     (None, "base_evaluate"): EvaluateConfig,
     (None, "base_demo"): DemoConfig,
     (None, "base_plan"): PlanConfig,
+    (None, "base_doctor"): DoctorConfig,
     ("cluster", "base_cluster"): ClusterConfig,
     ("model", "base_dpt"): DPTConfig,
     ("model", "base_eigen2014"): Eigen2014Config,
