@@ -60,6 +60,7 @@ class MetricModule(DepthModule):
             weights["domain"] = self.stage.domain_weight
         step = self.weigh(parts, weights)
         step["loss"] = step["loss"] * sum(weights.values())  # a sum, as published, whose size clipping sees
+        self.log("loss", step["loss"].detach(), logger=False)
         return step
 
     def camera_factor(self, batch: Batch) -> Tensor | float:
