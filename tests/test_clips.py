@@ -247,6 +247,20 @@ def test_validation_clips_share_no_frame_and_come_after_the_images(video: Path, 
     assert reader.shard_sizes == [3, 2]
 
 
+def test_validation_clips_without_poses_are_rejections(tmp_path: Path) -> None:
+    samples = {f"f{n:02d}": frame(n, pose=None if n == 4 else pose(n).tolist()) for n in range(12)}
+    config = data_config(write_video(tmp_path, samples))
+    config.val_clips, config.val_clip_frames = config.unlabeled, 3
+    whole = WholeImages(val_readers(config), short_side=32, multiple=8)
+    assert [isinstance(whole[index], Rejection) for index in range(len(whole))] == [False, False, False]
+    samples = {f"f{n:02d}": frame(n, pose=None if n == 2 else pose(n).tolist()) for n in range(12)}
+    config.val_clips = {"walk": DatasetConfig(manifest=str(write_video(tmp_path / "lost", samples)))}
+    rejected = WholeImages(val_readers(config), short_side=32, multiple=8)[0]
+    assert isinstance(rejected, Rejection)
+    assert (rejected.key, rejected.dataset) == ("f01", "walk")
+    assert "lack pose" in rejected.reason
+
+
 def test_procedural_clips_are_read_with_their_motion(tmp_path: Path) -> None:
     world = WorldConfig(domain="source", split="train", num_images=8, size=[32, 40], num_frames=4, frame_step=3)
     group = {"clips": DatasetConfig(manifest=str(tmp_path / "clips" / "manifest.json"), world=world)}

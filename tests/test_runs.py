@@ -25,6 +25,7 @@ def facts(sequence: str, *frames: int) -> list[dict[str, Any]]:
         (facts("a", 0, 1, 4, 5, 6), (2, 3)),  # two frames are missing
         (facts("a", 15, 17, 19, 21), (4,)),  # every second frame was kept
         (facts("a", 15, 17, 19, 20, 22), (3, 2)),
+        (facts("a", 1, 3, 4), (1, 2)),  # of two distances the smaller
         ([*facts("a", 0, 1), {}, *facts("a", 2)], (2, 1, 1)),
         (facts("a", 5, 4, 4), ()),
         (facts("a", 1) + facts("b", 2), ()),

@@ -73,12 +73,18 @@ class ClipReader:
         return clip
 
     def read_whole(self, shard: int, index: int, *, short_side: int, multiple: int) -> Sample:
-        """The whole frames at the size a model sees them, and the target of the middle one at its own size."""
-        return self._join(
-            shard,
-            index,
-            lambda reader, frame: reader.read_whole(shard, frame, short_side=short_side, multiple=multiple),
-        )
+        """The whole frames at the size a model sees them, and the target of the middle one at its own size.
+
+        SampleError where the poses are not known by which motion is to be judged.
+        """
+        size = {"short_side": short_side, "multiple": multiple}
+        clip = self._join(shard, index, lambda reader, frame: reader.read_whole(shard, frame, **size))
+        if not np.isfinite(clip.camera_to_world).all():
+            raise SampleError(
+                "the facts of its frames lack pose, a 4x4 camera-to-world matrix in metres, to judge motion by; state "
+                "pose in the index that is packed, or leave the data set out of data.val_clips"
+            )
+        return clip
 
     def rejection(self, shard: int, index: int, error: SampleError) -> Rejection:
         """What the quarantine list says of this clip: the key is that of its middle frame."""
