@@ -14,6 +14,7 @@ from depthkit.config import (
     PretrainConfig,
     PseudoLabelConfig,
     StudentConfig,
+    SupervisedConfig,
     TeacherConfig,
     TrainConfig,
     TransferMode,
@@ -44,6 +45,7 @@ def validate(config: TrainConfig, pending: Collection[str] = ()) -> None:
     check_streams(config)
     check_model(config)
     check_transfer(config)
+    check_normals(config)
     check_metric(config)
     check_sizes(config)
     check_steps(config)
@@ -246,6 +248,19 @@ def check_model(config: TrainConfig) -> None:
             raise ConfigError(
                 f"trainer.activation_checkpointing=True and model {config.model.title}: {reason}"
             ) from error
+
+
+def check_normals(config: TrainConfig) -> None:
+    """Normals follow from labels whose shape is known, which disparity up to a shift does not tell."""
+    if not isinstance(config.stage, SupervisedConfig) or not config.stage.normals:
+        return
+    check(bool(config.data.labeled), "data.labeled", [], "at least one data set with stage.normals=true")
+    for name, dataset in config.data.labeled.items():
+        if is_remote(dataset.manifest) or Path(dataset.manifest).is_file():
+            images = load_manifest(dataset.manifest)
+            target = labels_manifest(dataset, images).target
+            allowed = f"false: the labels of data.labeled.{name} ({images.name}) have no unit"
+            check(target is None or target.metric, "stage.normals", True, allowed)
 
 
 def check_transfer(config: TrainConfig) -> None:

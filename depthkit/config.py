@@ -31,6 +31,7 @@ from depthkit.settings.stages import (
     PseudoLabelConfig,
     StageConfig,
     StudentConfig,
+    SupervisedConfig,
     TeacherConfig,
     VideoConfig,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "Schedule",
     "StageConfig",
     "StudentConfig",
+    "SupervisedConfig",
     "TeacherConfig",
     "TrainConfig",
     "TrainerConfig",

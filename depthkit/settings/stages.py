@@ -40,7 +40,12 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass(kw_only=True)
-class TeacherConfig(StageConfig):
+class SupervisedConfig(StageConfig):
+    normals: bool = False  # learn surface normals of the labels beside depth, with a head that no bundle keeps
+
+
+@dataclass(kw_only=True)
+class TeacherConfig(SupervisedConfig):
     name: str = "teacher"
     loss: DepthLoss = DepthLoss.affine_invariant
     gradient_matching_weight: float = 0.0
@@ -51,6 +56,7 @@ class TeacherConfig(StageConfig):
         weight = self.gradient_matching_weight
         check(weight >= 0, "stage.gradient_matching_weight", weight, ">= 0")
         check(0 <= self.drop_fraction < 1, "stage.drop_fraction", self.drop_fraction, "0 to < 1")
+        check(not (self.pareto and self.normals), "stage.normals", self.normals, "false with stage.pareto=true")
 
 
 class DepthErrorLoss(Enum):
@@ -61,7 +67,7 @@ class DepthErrorLoss(Enum):
 
 
 @dataclass(kw_only=True)
-class MetricConfig(StageConfig):
+class MetricConfig(SupervisedConfig):
     target_kind = "depth"
 
     name: str = "metric"
@@ -151,7 +157,7 @@ class PseudoLabelConfig(StageConfig):
 
 
 @dataclass(kw_only=True)
-class StudentConfig(StageConfig):
+class StudentConfig(SupervisedConfig):
     name: str = "student"
     loss: DepthLoss = DepthLoss.affine_invariant
     gradient_matching_weight: float = 0.0

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from depthkit.config import DepthLoss, OptimConfig, StageConfig
+from depthkit.auxiliary import NormalsTask
+from depthkit.config import DepthLoss, OptimConfig, StageConfig, SupervisedConfig
 from depthkit.evaluation.protocols import protocol_id, score
 from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.losses import MapLoss, affine_invariant_loss, gradient_matching_loss, scale_shift_invariant_loss
@@ -31,6 +32,8 @@ class DepthModule(L.LightningModule):
         self.protocol = protocol
         metrics = {name: MeanMetric(nan_strategy="ignore") for name in protocol.metrics}
         self.val_metrics: Mapping[str, MeanMetric] = nn.ModuleDict(metrics)  # type: ignore[assignment]
+        wants_normals = isinstance(stage, SupervisedConfig) and stage.normals
+        self.normals_task = NormalsTask(model.encoder) if wants_normals else None
 
     def train(self, mode: bool = True) -> Self:
         """As everywhere, but what is frozen stays in eval mode."""
@@ -54,6 +57,16 @@ class DepthModule(L.LightningModule):
         self.log("loss", total.detach(), logger=False)
         return {"loss": total, "image_losses": {name: values.detach() for name, values in parts.items()}}
 
+    def with_normals(self, step: StepOutput, features: Tensor, labeled: Batch) -> StepOutput:
+        """The step with the loss of normals, where `stage.normals` asks for it; `features` are of the same images."""
+        if self.normals_task is None:
+            return step
+        losses = self.normals_task(features, labeled, self.stage.target_kind or "disparity")
+        self.log("loss/normals", losses.mean().detach(), logger=False)
+        total = self.normals_task.combine(step["loss"], losses.mean())
+        self.log("loss", total.detach(), logger=False)
+        return {"loss": total, "image_losses": step["image_losses"] | {"normals": losses.detach()}}
+
     def predict(self, batch: Batch) -> Tensor:
         """Values (B, H, W) for the images of a batch, which are normalised, in the kind that the stage learns."""
         return self(batch["image"]).values
@@ -75,7 +88,11 @@ class DepthModule(L.LightningModule):
             self.log(val_name(self.protocol, name), metric, logger=False)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = build_optimizer(parameter_groups(self.model, self.model.encoder, self.optim), self.optim)
+        groups = parameter_groups(self.model, self.model.encoder, self.optim)
+        if self.normals_task is not None:
+            rate = self.optim.encoder_lr * self.optim.decoder_lr_multiplier
+            groups.append({"name": "normals", "params": [*self.normals_task.parameters()], "lr": rate})
+        optimizer = build_optimizer(groups, self.optim)
         schedule = build_schedule(optimizer, self.optim, num_steps=int(self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -61,7 +61,7 @@ class MetricModule(DepthModule):
         step = self.weigh(parts, weights)
         step["loss"] = step["loss"] * sum(weights.values())  # a sum, as published, whose size clipping sees
         self.log("loss", step["loss"].detach(), logger=False)
-        return step
+        return self.with_normals(step, output.features, labeled)
 
     def camera_factor(self, batch: Batch) -> Tensor | float:
         """What the network says, times this, is metres: (B, 1, 1), or 1 without a canonical camera."""

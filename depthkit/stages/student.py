@@ -81,7 +81,8 @@ class StudentModule(DepthModule):
             parts["feature"] = feature_alignment_loss(
                 output.features[num_labeled:], frozen_features, tolerance_margin=self.tolerance_margin
             )
-        return self.weigh(parts, self.weights)
+        step = self.weigh(parts, self.weights)
+        return self.with_normals(step, output.features[:num_labeled], batch["labeled"]) if num_labeled else step
 
 
 def fingerprint(module: nn.Module | None) -> list[int]:

@@ -36,13 +36,13 @@ class TeacherModule(DepthModule):
 
     def training_step(self, batch: dict[str, Batch], batch_idx: int) -> StepOutput:
         labeled = batch["labeled"]
-        prediction = self(labeled["image"]).values
-        losses = self.loss(prediction, labeled["target"], labeled["valid_mask"])
-        output = self.weigh({"labeled": losses}, {"labeled": 1.0})
+        output = self(labeled["image"])
+        losses = self.loss(output.values, labeled["target"], labeled["valid_mask"])
+        step = self.weigh({"labeled": losses}, {"labeled": 1.0})
         if self.stage.pareto:
             # Slot s of a balanced batch is of data set s modulo their number.
-            output["loss"] = self.pareto(losses.view(-1, self.num_datasets).mean(0))
-        return output
+            step["loss"] = self.pareto(losses.view(-1, self.num_datasets).mean(0))
+        return self.with_normals(step, output.features, labeled)
 
     def pareto(self, losses: Tensor) -> Tensor:
         """The losses of the data sets (n,) weighed by `min_norm_weights` of their gradients, those of all ranks."""
