@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from miniatures import write, write_image
 
+from depthkit.data.inspect import main as inspect
 from depthkit.data.manifest import load_manifest
 from depthkit.data.pack import main
 from depthkit.data.pairs import Pair, in_order, run_lengths
@@ -88,3 +89,10 @@ def test_shards_of_before_there_were_runs_are_kept_and_get_theirs(index: Path, t
     manifest = load_manifest(folder / "manifest.json")
     assert manifest.shards[0].runs == (5, 1, 1)
     assert manifest.digest() == digest
+
+
+def test_inspect_says_what_video_there_is(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack(index, tmp_path / "out")
+    capsys.readouterr()
+    inspect([str(tmp_path / "out" / "video" / "manifest.json")])
+    assert "3 frames in runs of 3" in " ".join(capsys.readouterr().out.split())

@@ -89,11 +89,19 @@ def facts(found: Findings) -> dict[str, str]:
         "decoded": f"{len(found.looks)} of {manifest.num_samples}",
         "image size": _sizes(found.sizes),
         "label size": _label_sizes(found.looks),
+        "video": _video(manifest),
         "valid": _share(found.valid_shares),
         "layout": layout(found.looks),
         "sky": _share(found.sky_shares) if any(found.sky_shares) else "",
         "1, 50, 99 % of values": "" if span is None else "  ".join(f"{value:.3g}" for value in span) + unit,
     }
+
+
+def _video(manifest: Manifest) -> str:
+    """The frames that lie in runs, and the shortest and longest of them; empty where there are none."""
+    runs = [run for shard in manifest.shards for run in shard.runs if run > 1]
+    ends = " to ".join(map(str, sorted({min(runs), max(runs)}))) if runs else ""
+    return f"{sum(runs)} frames in runs of {ends}" if runs else ""
 
 
 def layout(looks: Sequence[Look]) -> str:
