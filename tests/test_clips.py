@@ -198,6 +198,9 @@ def test_every_clip_comes_once_in_a_sweep_wherever_the_run_starts_again(video: P
     assert torch.equal(again["image"], every[2]["image"])
     assert again["key"] == every[2]["key"]
     assert not torch.equal(batches(config, seed=1, num_steps=1)[0]["image"], every[0]["image"])
+    config.num_workers = 2
+    for batch, other in zip(every, batches(config, num_steps=3), strict=True):
+        assert all(torch.equal(batch[name], other[name]) for name in ("image", "intrinsics_px", "camera_to_world"))
 
 
 def test_colours_are_those_of_one_camera_and_a_zoom_is_one_of_its_lens(tmp_path: Path) -> None:
