@@ -319,3 +319,22 @@ def test_processes_write_the_same_bytes_as_one(tmp_path: Path, monkeypatch: pyte
 def test_wrong_specs_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         spec(**wrong)
+
+
+def test_a_world_without_rooms_shows_the_sky():
+    views = [
+        render_clip(domain="target", split="train", index=index, seed=0, size=(24, 32), indoor_share=share)[0]
+        for share in (0.0, 1.0)
+        for index in range(8)
+    ]
+    outdoors = [view.sky_mask.any() for view in views]
+    assert sum(outdoors[:8]) >= 6  # in a narrow street houses may hide it
+    assert not any(outdoors[8:])
+
+
+def test_the_share_of_rooms_names_the_data_set_where_it_is_chosen():
+    usual = WorldSpec(domain="target", split="train", num_images=4)
+    assert "indoor_share" not in usual.facts()
+    assert usual.shard_name(0) != WorldSpec(domain="target", split="train", num_images=4, indoor_share=0.0).shard_name(
+        0
+    )

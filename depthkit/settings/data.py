@@ -19,11 +19,14 @@ class WorldConfig:
     labeled: bool = True  # False: images alone
     num_frames: int = 1  # images of each scene, a clip; num_images counts all of them
     frame_step: int = 1  # places on the path of the camera between two of them, of 2 to 30 cm
+    indoor_share: float | None = None  # of the scenes that are rooms; null: that of the domain, 0.4
 
     def __post_init__(self) -> None:
         check(self.domain in ("source", "target"), "world.domain", self.domain, "source or target")
         check(self.num_frames > 0, "world.num_frames", self.num_frames, "> 0")
         check(self.frame_step > 0, "world.frame_step", self.frame_step, "> 0")
+        share = self.indoor_share
+        check(share is None or 0 <= share <= 1, "world.indoor_share", share, "0 to 1, or null")
         allowed = f"> 0, a multiple of world.num_frames={self.num_frames}"
         check(
             self.num_images > 0 and self.num_images % self.num_frames == 0, "world.num_images", self.num_images, allowed

@@ -35,6 +35,7 @@ class WorldSpec:
 
     With `num_frames` above 1 the images are those of clips, `num_frames` of each scene, `frame_step` places apart on
     the path of the camera: 2 to 8 cm indoors and 10 to 30 cm outdoors a place, less near its turning points.
+    `indoor_share` of the scenes are rooms, by default as many as the domain has.
     """
 
     domain: str
@@ -46,6 +47,7 @@ class WorldSpec:
     samples_per_shard: int = 128
     num_frames: int = 1
     frame_step: int = 1
+    indoor_share: float | None = None
 
     def __post_init__(self) -> None:
         if self.domain not in DOMAINS:
@@ -76,9 +78,10 @@ class WorldSpec:
         return (self.num_frames,) * len(self.shard_range(number)) if self.num_frames > 1 else ()
 
     def facts(self) -> dict[str, Any]:
-        """The fields as JSON; those of clips only where there are any, so that data sets of images keep their names."""
-        clips = {"num_frames", "frame_step"} if self.num_frames == 1 else set()
-        return {name: value for name, value in asdict(self).items() if name not in clips}
+        """The fields as JSON; later ones only where they say something, so that older data sets keep their names."""
+        silent = {"num_frames", "frame_step"} if self.num_frames == 1 else set()
+        silent |= {"indoor_share"} if self.indoor_share is None else set()
+        return {name: value for name, value in asdict(self).items() if name not in silent}
 
     def shard_name(self, number: int) -> str:
         """Differs between specs, so that a folder never mixes the shards of two."""
@@ -152,7 +155,8 @@ def write_shard(root: Path, spec: WorldSpec, number: int) -> Shard:
 
 def write_scene(writer: ShardWriter, spec: WorldSpec, scene: int) -> None:
     """The image of one scene, or the frames of its clip."""
-    views = {name: getattr(spec, name) for name in ("domain", "split", "seed", "size", "num_frames", "frame_step")}
+    names = ("domain", "split", "seed", "size", "num_frames", "frame_step", "indoor_share")
+    views = {name: getattr(spec, name) for name in names}
     key = f"{spec.split}_{scene:07d}"
     for number, frame in enumerate(render_clip(index=scene, **views)):
         place = {"sequence": key, "frame": number} if spec.num_frames > 1 else {}

@@ -5,6 +5,7 @@ blur, noise, vignette, another lens and mounting). A picture is a pure function 
 """
 
 import zlib
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,15 +32,26 @@ class Frame(NamedTuple):
 
 
 def render_clip(
-    *, domain: str, split: str, index: int, seed: int, size: tuple[int, int], num_frames: int = 1, frame_step: int = 1
+    *,
+    domain: str,
+    split: str,
+    index: int,
+    seed: int,
+    size: tuple[int, int],
+    num_frames: int = 1,
+    frame_step: int = 1,
+    indoor_share: float | None = None,
 ) -> list[Frame]:
     """`num_frames` views of one scene, `frame_step` places apart on the path of the camera.
 
+    The scene is a room with probability `indoor_share`, by default that of the domain.
     The first ones do not depend on how many follow. The path comes back to where it began after `PATH_PERIOD` places.
     """
     if domain not in DOMAINS:
         raise ValueError(f"unknown domain {domain!r}; choose one of {', '.join(DOMAINS)}")
     style = STYLES[domain]
+    if indoor_share is not None:
+        style = replace(style, indoor_share=indoor_share)
     streams = np.random.SeedSequence([seed, DOMAINS.index(domain), zlib.crc32(split.encode()), index])
     scene_stream, lens_stream, *noise_streams = streams.spawn(2 + num_frames)
     scene = make_scene(np.random.default_rng(scene_stream), style)
