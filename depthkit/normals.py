@@ -32,7 +32,7 @@ def normals_from_depth(
     is_known = intrinsics_px.isfinite().all(1)
     fx, fy, cx, cy = torch.where(is_known[:, None], intrinsics_px.float(), 1.0).view(-1, 4, 1, 1).unbind(1)
     x, y = pixel_rays(rows, cols, (fx, fy, cx, cy))  # type: ignore[arg-type]
-    points = z[:, None] * torch.stack(torch.broadcast_tensors(x, y, torch.ones_like(z)), 1)
+    points = torch.stack([x * z, y * z, z], 1)
     along_u = points[:, :, 1:-1, 2:] - points[:, :, 1:-1, :-2]
     along_v = points[:, :, 2:, 1:-1] - points[:, :, :-2, 1:-1]
     normals = F.normalize(torch.linalg.cross(along_v, along_u, dim=1), dim=1)

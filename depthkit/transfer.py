@@ -1,6 +1,7 @@
 """How much of an encoder that starts from other weights is trained: all, nothing, its last blocks, LoRA's factors."""
 
 import copy
+from typing import Any
 
 from torch import nn
 
@@ -75,7 +76,8 @@ def blocks_of(encoder: Encoder) -> list[list[str]]:
     """
     from timm.models import group_parameters
 
-    ((prefix, net),) = encoder.named_children() if len(list(encoder.children())) == 1 else ((None, None),)
+    children: list[tuple[str, Any]] = [*encoder.named_children()]
+    prefix, net = children[0] if len(children) == 1 else ("", None)
     if not hasattr(net, "group_matcher"):
         raise ConfigError(f"transfer: {type(encoder).__name__} has no blocks to choose from; use full or frozen")
     groups = group_parameters(net, net.group_matcher(coarse=False))

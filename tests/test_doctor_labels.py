@@ -6,7 +6,7 @@ import torch
 
 from depthkit.doctor.alignment import correlation, measure
 from depthkit.doctor.finding import Level
-from depthkit.doctor.labels import check_alignment, check_flips, check_values
+from depthkit.doctor.labels import check_alignment, check_cameras, check_flips, check_values
 
 NUM, SIZE = 24, 64
 
@@ -145,6 +145,15 @@ def test_max_depth_that_does_not_fit_the_data(scenes, max_depth, words):
     assert finding.level is Level.warning
     assert words in finding.text
     assert check_values([batch(scenes[1])], 1.0).level is Level.ok
+
+
+@pytest.mark.parametrize(("lacking", "level"), [(0, Level.ok), (1, Level.warning), (3, Level.problem)])
+def test_images_without_a_camera(lacking, level):
+    intrinsics_px = torch.full((3, 4), 50.0)
+    intrinsics_px[:lacking, 2] = torch.nan
+    finding = check_cameras([{"intrinsics_px": intrinsics_px, "key": ["a", "b", "c"]}])
+    assert finding.level is level
+    assert finding.values["with_camera"] == 3 - lacking
 
 
 def test_flips_are_compared_part_by_part(tiny_config, tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ class Bench:
             if not math.isfinite(value):
                 return
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             if clip := self.config.trainer.gradient_clip_val:
                 nn.utils.clip_grad_norm_(self.module.parameters(), clip)
             optimizer.step()

@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 
 from depthkit.checks import validate
-from depthkit.config import ConfigError, PseudoLabelConfig
+from depthkit.config import ConfigError, PseudoLabelConfig, SupervisedConfig
 from depthkit.doctor.bench import Bench
 from depthkit.doctor.finding import Finding, Level
-from depthkit.doctor.labels import check_alignment, check_flips, check_values, per_stream
+from depthkit.doctor.labels import check_alignment, check_cameras, check_flips, check_values, per_stream
 from depthkit.doctor.normalisation import check_normalisation
 from depthkit.doctor.report import draw, draw_samples, show, write
 from depthkit.doctor.settings import DoctorConfig
@@ -52,6 +52,8 @@ def examine(config: DoctorConfig) -> list[Finding]:
             attempt(f"labels of {stream}", check_values, batches, config.model.max_depth),
             attempt(f"labels of {stream} on their images", check_alignment, images, batches),
         ]
+        if stream == "labeled" and isinstance(config.stage, SupervisedConfig) and config.stage.normals:
+            findings.append(attempt("cameras of labeled", check_cameras, batches))
         pictures.append(draw_samples(images[0], batches[0], config.stage.target_kind or "disparity"))
     findings += [
         attempt("flips", check_flips, config.data, config.stage.target_kind, config.seed),

@@ -116,6 +116,24 @@ def place(values: Mapping[str, float]) -> str:
     return " and ".join(parts)
 
 
+def check_cameras(batches: Sequence[Batch]) -> Finding:
+    """Are the intrinsics known, without which labels have no normals?"""
+    known = torch.cat([batch["intrinsics_px"] for batch in batches]).isfinite().all(1)
+    keys = [key for batch in batches for key in batch["key"]]
+    values = {"images": len(keys), "with_camera": int(known.sum())}
+    if known.all():
+        return Finding(Level.ok, f"the camera of all {len(keys)} images is known, so that labels have normals", values)
+    lacking = [key for key, is_known in zip(keys, known.tolist(), strict=True) if not is_known]
+    text = (
+        f"{len(lacking)} of {len(keys)} images lack intrinsics_px and teach no normals: {shown(lacking)}; state K in "
+    )
+    return Finding(
+        Level.warning if known.any() else Level.problem,
+        f"{text}the index that is packed, or stage.normals=false",
+        values,
+    )
+
+
 def check_flips(config: DataConfig, target_kind: Kind | None, seed: int) -> Finding:
     """Is a mirrored sample mirrored in all its parts: image, label, mask and principal point?"""
     streams = [

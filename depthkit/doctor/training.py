@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -89,17 +90,17 @@ def check_learning_rate(bench: Bench, batch: Batches, steps: int) -> Finding:
 def check_overfit(bench: Bench, batch: Batches, steps: int, factor: float) -> Finding:
     """Can the network learn one batch by heart, at the best rate of the sweep? And does it look at the images?"""
     losses = list(bench.train(batch, steps=steps, factor=factor))
-    values = {"losses": losses, "factor": factor}
+    values: dict[str, Any] = {"losses": losses, "factor": factor}
     if not math.isfinite(losses[-1]):
         text = f"the loss is {losses[-1]} after {len(losses) - 1} steps on one batch"
         return Finding(Level.problem, text, values)
     ratio = losses[-1] / losses[0]
-    values["exchanged"] = exchanged_loss(bench, batch)
+    exchanged = values["exchanged"] = exchanged_loss(bench, batch)
     seen = f"{losses[0]:.3g} to {losses[-1]:.3g} in {steps} steps"
     if ratio > STUCK:
         text = f"the loss of one batch does not fall ({seen}): network, loss or labels do not go together"
         level = Level.problem
-    elif values["exchanged"] is not None and values["exchanged"] < 1.05 * losses[-1]:
+    elif exchanged is not None and exchanged < 1.05 * losses[-1]:
         text = f"the loss of one batch falls ({seen}), but is no higher with the images of others: they are not used"
         level = Level.problem
     elif ratio > LEARNED:
@@ -114,5 +115,5 @@ def exchanged_loss(bench: Bench, batch: Batches) -> float | None:
     """The loss of a batch where every image has the label of its neighbour; None where nothing can be exchanged."""
     if any(len(part["image"]) < 2 or not bool(part["valid_mask"].any()) for part in batch.values()):
         return None
-    exchanged: Batches = {name: {**part, "image": part["image"].roll(1, 0)} for name, part in batch.items()}  # type: ignore[typeddict-item]
+    exchanged: Batches = {name: {**part, "image": part["image"].roll(1, 0)} for name, part in batch.items()}
     return float(bench.loss(exchanged))
