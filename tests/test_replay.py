@@ -7,12 +7,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import cv2
 import lightning as L
+import numpy as np
 import pytest
 from test_train import Losses
 
 from depthkit.__main__ import main
-from depthkit.replay import load_settings
+from depthkit.replay import draw, load_settings
 from depthkit.train import run
 from depthkit.types import BudgetExceeded
 
@@ -119,6 +121,17 @@ def test_weights_at_the_stop_are_those_of_the_step_left_out(tiny_config, tmp_pat
         assert output.splitlines()[0].endswith("00000038.ckpt")
         assert math.isfinite(loss_of(output))
     assert len(list((tmp_path / "pictures").iterdir())) == 6
+
+
+@pytest.mark.parametrize("kind", ["depth", "disparity"])
+def test_near_is_light_in_the_picture_of_either_kind(tmp_path, kind):
+    values = np.repeat(np.linspace(1, 10, 100, dtype=np.float32)[None], 50, 0)
+    draw(np.zeros((50, 100, 3), np.uint8), values, np.ones((50, 100), bool), kind, tmp_path / "a.png")
+    picture = cv2.imread(str(tmp_path / "a.png")).sum(2, dtype=int)
+    row = picture[picture.shape[0] // 2]
+    left, right = row[int(0.47 * len(row))], row[int(0.82 * len(row))]  # the target is the right half, but for the bar
+    assert (left > right + 200) == (kind == "depth")
+    assert abs(left - right) > 200
 
 
 def test_settings_are_read_back(tiny_config, tmp_path):
