@@ -1,5 +1,6 @@
-"""ZoeDepth, and Depth Anything V1 in metres: the published settings against a table written apart from them, short runs."""
+"""ZoeDepth, and Depth Anything V1 in metres: settings against a table written apart from them, and short runs."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from depthkit.optim import build_optimizer, build_schedule, parameter_groups
 from depthkit.train import build_metric, run
 
 # config_zoedepth.json, config_zoedepth_kitti.json, config_zoedepth_nk.json and utils/config.py of isl-org/ZoeDepth;
-# metric_depth/ of LiheYoung/Depth-Anything. Rates: of the bins, and the factors by which those of the encoder and of the
-# DPT decoder (`scratch`) are smaller.
+# metric_depth/ of LiheYoung/Depth-Anything. Rates: of the bins, and the factors by which those of the encoder and of
+# the DPT decoder (`scratch`) are smaller.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "metric_zoedepth_nyu": {"max_depth": 10.0, "centers": "softplus", "lr": 1.61e-4, "encoder": 10, "decoder": 1},
     "metric_zoedepth_kitti": {"max_depth": 80.0, "centers": "normed", "lr": 1.61e-4, "encoder": 10, "decoder": 1},
@@ -102,7 +103,7 @@ def test_the_schedule_is_one_cycle(compose: Any) -> None:
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.param_groups[0]["weight_decay"] == 0.01
     assert rates[:700] == pytest.approx([1.61e-4] * 700)
-    assert all(later < earlier for earlier, later in zip(rates[700:], rates[701:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[700:]))
     assert rates[-1] == pytest.approx(1.61e-8, abs=1e-8)
     assert (momenta[0], min(momenta), momenta[-1]) == pytest.approx((0.95, 0.85, 0.95), abs=1e-3)
 

@@ -188,7 +188,7 @@ class Router(nn.Module):
     def forward(self, bottleneck: Tensor) -> Tensor:
         # The class token is 0; its position is all that it is.
         tokens = F.pad(self.embedding(bottleneck).flatten(2), (1, 0)).transpose(1, 2)
-        tokens = tokens + position_encoding(tokens.shape[1], tokens.shape[2], tokens.device)
+        tokens = tokens + position_encoding(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens.dtype)
         return self.classifier(self.transformer(tokens)[:, 0]).float()
 
 
