@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,10 +23,13 @@ from depthkit.data.quarantine import SampleError
 from depthkit.data.remote import root_of
 from depthkit.data.selection import Selection, save_selection
 from depthkit.data.shards import OpenShard, open_shard
+from depthkit.disagreement import check_same_images, scores_between
 
 DESCRIPTION = """\
 Choose images by the disagreement of their labels: the variance between the variants of an image that the teacher
-labeled (`depthkit label ... stage.flip=true`), relative to the variance of the label.
+labeled (`depthkit label ... stage.flip=true`), relative to the variance of the label. Of several label sets of the same
+images, labels=A,B,..., it is the variance between the labels, each brought to scale and shift of those of A; the
+selection is then one of A.
 
   fraction=0.3            the 30% of the labeled images with the largest disagreement: the most informative ones
   max_disagreement=0.05   the images with at most this disagreement: without those that are labeled badly
@@ -57,7 +60,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse_arguments(argv: list[str]) -> tuple[str, Path, Rule]:
+def parse_arguments(argv: list[str]) -> tuple[list[str], Path, Rule]:
     """Labels, output and rule of the command line; ConfigError names what is missing, unknown or out of range."""
     parser = argparse.ArgumentParser(
         prog="depthkit select", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,7 +78,7 @@ def parse_arguments(argv: list[str]) -> tuple[str, Path, Rule]:
         value = float(settings[name])
     except ValueError:
         raise ConfigError(f"{name}={settings[name]}: must be a number") from None
-    return settings["labels"], Path(settings["out"]), Rule(f"{name}={settings[name]}", rules[name](value))
+    return settings["labels"].split(","), Path(settings["out"]), Rule(f"{name}={settings[name]}", rules[name](value))
 
 
 def largest(fraction: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -92,15 +95,18 @@ def at_most(limit: float) -> Callable[[np.ndarray], np.ndarray]:
     return lambda scores: np.flatnonzero(scores <= limit)
 
 
-def select(labels: str, out: Path, rule: Rule) -> Selection:
-    """Choose images by their labels' scores, write the selection to `out` and print what was chosen.
+def select(labels: list[str], out: Path, rule: Rule) -> Selection:
+    """Choose images by the scores of their labels, of one set or between several, write the selection to `out` and
+    print what was chosen.
 
-    ConfigError when the manifest is not that of pseudo-labels, when the labels have no scores, and when none is kept.
+    ConfigError when a manifest is not that of pseudo-labels or of other images than the first, when the labels have no
+    scores, and when none is kept.
     """
-    manifest = load_manifest(labels)
-    if manifest.labels_of is None:
-        raise ConfigError(f"labels={labels} is not a pseudo-label set; `depthkit label` writes one")
-    by_shard = read_scores(manifest, root_of(labels))
+    manifests = [load_manifest(path) for path in labels]
+    check_same_images(labels, manifests)
+    manifest = manifests[0]
+    assert manifest.labels_of is not None
+    by_shard = read_scores(manifests, [root_of(path) for path in labels])
     scores = np.concatenate(by_shard)
     labeled = np.flatnonzero(~np.isnan(scores))
     chosen = np.sort(labeled[rule.kept(scores[labeled])])
@@ -126,18 +132,20 @@ def select(labels: str, out: Path, rule: Rule) -> Selection:
     return selection
 
 
-def read_scores(manifest: Manifest, root: Path | str) -> list[np.ndarray]:
+def read_scores(manifests: list[Manifest], roots: list[Path | str]) -> list[np.ndarray]:
     """The disagreement of every sample of every shard, NaN where an image has no label."""
     cache, found = ShardCache(), []
+    manifest = manifests[0]
 
-    def read(shard: Shard) -> np.ndarray:
-        return scores_of_shard(open_shard(root, shard, cache), manifest)
+    def read(shards: Sequence[Shard]) -> np.ndarray:
+        opened = [open_shard(root, shard, cache) for root, shard in zip(roots, shards, strict=True)]
+        return scores_of_shard(opened[0], manifest) if len(opened) == 1 else scores_between(opened, manifests)
 
     with ExitStack() as stack:
         advance = stack.enter_context(images_progress("reading", manifest.num_samples, shown=sys.stderr.isatty()))
         pool = ThreadPoolExecutor(NUM_READERS)
         stack.callback(pool.shutdown, cancel_futures=True)
-        for scores in pool.map(read, manifest.shards):
+        for scores in pool.map(read, zip(*(each.shards for each in manifests), strict=True)):
             found.append(scores)
             advance(len(scores))
     return found

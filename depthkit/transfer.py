@@ -78,7 +78,7 @@ def blocks_of(encoder: Encoder) -> list[list[str]]:
 
     children: list[tuple[str, Any]] = [*encoder.named_children()]
     prefix, net = children[0] if len(children) == 1 else ("", None)
-    if not hasattr(net, "group_matcher"):
+    if net is None or not hasattr(net, "group_matcher"):
         raise ConfigError(f"transfer: {type(encoder).__name__} has no blocks to choose from; use full or frozen")
     groups = group_parameters(net, net.group_matcher(coarse=False))
     return [[f"{prefix}.{name}" for name in names] for _, names in sorted(groups.items())][1:]
