@@ -210,7 +210,7 @@ def check_protocol(config: TrainConfig) -> None:
         allowed = f"{usual!r} in training; `depthkit evaluate` knows the others"
         check(getattr(protocol, name) == usual, f"protocol.{name}", getattr(protocol, name), allowed)
     learned = config.model.kind if config.stage.reads_clips else config.stage.target_kind or "disparity"
-    if reason := kind_refusal(protocol, learned):
+    if reason := kind_refusal(protocol, learned, config.model.unit if config.stage.reads_clips else "metres"):
         raise ConfigError(reason)
     if protocol.datasets is None:
         return
@@ -240,14 +240,18 @@ def check_model(config: TrainConfig) -> None:
         is_plain = isinstance(describe_encoder(config.model), PlainEncoder)
         allowed = "a vision transformer with class token and learned positions for stage=pretrain: it hides patches"
         check(is_plain, "model", config.model.title, allowed)
-    if config.trainer.activation_checkpointing:
-        try:
-            describe_encoder(config.model).checkpoint_activations()
-        except (AttributeError, AssertionError) as error:
-            reason = f"timm cannot run parts of it again in the backward pass ({error})"
-            raise ConfigError(
-                f"trainer.activation_checkpointing=True and model {config.model.title}: {reason}"
-            ) from error
+    if config.trainer.activation_checkpointing and (error := checkpointing_refusal(config.model)):
+        reason = f"no part of its encoder can be run again in the backward pass ({error})"
+        raise ConfigError(f"trainer.activation_checkpointing=True and model {config.model.title}: {reason}") from error
+
+
+def checkpointing_refusal(model: ModelConfig) -> Exception | None:
+    """Why the blocks of the encoder cannot be run again in the backward pass, as timm says it; None where they can."""
+    try:
+        describe_encoder(model).checkpoint_activations()
+    except (AttributeError, AssertionError) as error:
+        return error
+    return None
 
 
 def check_normals(config: TrainConfig) -> None:

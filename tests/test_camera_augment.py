@@ -123,6 +123,22 @@ def test_rotation_turns_the_principal_point():
     assert np.isnan(found.intrinsics_px).all()
 
 
+def test_a_clip_is_coloured_as_its_frames_and_keeps_its_camera():
+    """Zoom is a crop alone where there is no target: the motion between frames would not fit another depth."""
+    clip = np.random.default_rng(0).integers(0, 256, (3, *SIZE, 3), dtype=np.uint8)
+    camera = draw_camera(
+        CameraAugmentConfig(zoom=[1.2, 1.2], color=1, channel_gain=[0.8, 1.2]), np.random.default_rng(0)
+    )
+    found = sample(clip, np.zeros(SIZE, np.float32))
+    take_again(found, camera, None)
+    np.testing.assert_array_equal(found.intrinsics_px, [100, 90, 35, 20])
+    for frame, expected in zip(found.image, clip, strict=True):
+        single = sample(expected, np.zeros(SIZE, np.float32))
+        take_again(single, camera, None)
+        np.testing.assert_array_equal(frame, single.image)
+        assert (single.image != expected).any()
+
+
 def test_a_hole_stays_a_hole():
     found = sample(*coordinates())
     found.valid_mask[20:40, 30:50] = False

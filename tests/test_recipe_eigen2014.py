@@ -10,10 +10,11 @@ from test_train import logged
 
 import depthkit
 from depthkit.bundle import load_model
-from depthkit.checks import validate
-from depthkit.config import TrainConfig
+from depthkit.checks import check_model, validate
+from depthkit.config import ConfigError, TrainConfig
 from depthkit.models import build_model
 from depthkit.optim import build_optimizer, build_schedule, parameter_groups
+from depthkit.planning.plan import make_plan
 from depthkit.train import build_module, run
 from depthkit.transfer import apply_to_encoder
 
@@ -120,3 +121,12 @@ def test_the_fine_phase_holds_the_coarse_network_still(compose: Any, tiny_world:
     assert module.model.decoder.training
     assert not any(parameter.requires_grad for parameter in module.model.encoder.parameters())
     assert all(parameter.requires_grad for parameter in module.model.decoder.parameters())
+
+
+@pytest.mark.parametrize("phase", ["coarse", "fine"])
+def test_it_can_be_planned(compose: Any, phase: str):
+    """Without activation checkpointing, which the network does not have, and with what is frozen."""
+    plan = make_plan(compose(f"experiment=eigen2014_nyu_{phase}", "cluster=laptop", config_name="plan"))
+    assert {row.checkpointing for row in plan.rows} == {False}
+    with pytest.raises(ConfigError, match=r"activation_checkpointing=True and model eigen2014"):
+        check_model(compose(f"experiment=eigen2014_nyu_{phase}", "trainer.activation_checkpointing=true"))

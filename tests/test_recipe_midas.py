@@ -15,6 +15,7 @@ from depthkit.config import ConfigError, TrainConfig
 from depthkit.losses import gradient_matching_loss, scale_shift_invariant_loss
 from depthkit.models import build_model
 from depthkit.optim import build_optimizer, build_schedule, parameter_groups
+from depthkit.planning.plan import make_plan
 from depthkit.train import build_data, build_module, run
 
 PARETO = ["stage.pareto=true"]
@@ -46,6 +47,7 @@ def test_rates_are_1e_5_and_1e_4_throughout(compose: Any):
             group["name"]: (group["lr"], group["betas"], group["weight_decay"]) for group in optimizer.param_groups
         }
         assert groups == {"encoder": (1e-5, (0.9, 0.999), 0.0), "decoder": (pytest.approx(1e-4), (0.9, 0.999), 0.0)}
+        optimizer.step()
         schedule.step()
 
 
@@ -146,6 +148,23 @@ def test_pareto_mixing_follows_the_shortest_gradient(compose: Any, tiny_world: P
     torch.testing.assert_close(output["image_losses"]["labeled"], losses.detach())
 
 
+def test_pareto_weights_are_those_of_all_ranks(compose: Any, tiny_world: Path, tmp_path: Path, monkeypatch: Any):
+    """Two ranks with half of the batch each weigh the data sets as one with all of it."""
+    module, batch = module_and_batch(compose, tiny_world, tmp_path, *PARETO)
+    labeled = batch["labeled"]
+    losses = module.loss(module(labeled["image"]).values, labeled["target"], labeled["valid_mask"])
+    parts = [part.view(-1, 2).mean(0) for part in (losses, losses[:4], losses[4:])]
+    monkeypatch.setattr("depthkit.stages.teacher.distributed.is_initialized", lambda: True)
+    rows: list[torch.Tensor] = []
+    monkeypatch.setattr("depthkit.stages.teacher.distributed.all_reduce", rows.append)
+    for part in parts[1:]:
+        module.pareto(part)
+    monkeypatch.setattr("depthkit.stages.teacher.distributed.all_reduce", lambda own: own.copy_(rows[0] + rows[1]))
+    both = sum(module.pareto(part) for part in parts[1:])
+    monkeypatch.undo()
+    torch.testing.assert_close(both / 2, module.pareto(parts[0]))
+
+
 def test_without_pareto_mixing_the_loss_is_the_mean(compose: Any, tiny_world: Path, tmp_path: Path):
     module, batch = module_and_batch(compose, tiny_world, tmp_path)
     output = module.training_step(batch, 0)
@@ -161,6 +180,11 @@ def test_the_loss_is_trimmed_and_matches_gradients(compose: Any, tiny_world: Pat
     expected = scale_shift_invariant_loss(prediction, target, mask, trim_fraction=0.2)
     expected = expected + 0.5 * gradient_matching_loss(prediction, target, mask, num_scales=4)
     torch.testing.assert_close(module.loss(prediction, target, mask), expected)
+
+
+def test_pareto_mixing_can_be_planned(compose: Any):
+    plan = make_plan(compose("experiment=tiny_midas_mix", *PARETO, "cluster=laptop", config_name="plan"))
+    assert {row.largest_batch % 2 for row in plan.rows} == {0}
 
 
 @pytest.mark.slow

@@ -40,6 +40,8 @@ def smallest_batch(config: TrainConfig) -> dict[str, int]:
     streams = {name for name, count in config.data.images_per_step().items() if count}
     both = streams == {"labeled", "unlabeled"}
     parts = {name: config.data.unlabeled_per_labeled if both and name == "unlabeled" else 1 for name in sorted(streams)}
+    if config.data.balanced:
+        parts = {name: count * len(getattr(config.data, name)) for name, count in parts.items()}
     pairs = 2 if config.data.augment.cutmix and parts.get("unlabeled", 0) % 2 else 1  # CutMix pairs neighbours
     return {name: pairs * count for name, count in parts.items()}
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from depthkit.checks import checkpointing_refusal
 from depthkit.config import DatasetConfig, PretrainConfig
 from depthkit.flops import num_parameters
 from depthkit.planning import amounts
@@ -78,7 +79,7 @@ def engine_rows(config: PlanConfig, counts: Counts) -> list[EngineRow]:
     smallest = smallest_batch(config)
     usable = usable_bytes(config.cluster.memory_gb or 0.0)
     rows = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True) if checkpointing_refusal(config.model) is None else (False,):
         trainer = replace(config.trainer, activation_checkpointing=checkpointing)
         batch = measure_batch(replace(config, trainer=trainer), smallest)
         for engine in ENGINES if counts.ema == 0 else [each for each in ENGINES if each.zero_stage < 3]:
