@@ -210,7 +210,7 @@ def check_protocol(config: TrainConfig) -> None:
         allowed = f"{usual!r} in training; `depthkit evaluate` knows the others"
         check(getattr(protocol, name) == usual, f"protocol.{name}", getattr(protocol, name), allowed)
     learned = config.model.kind if config.stage.reads_clips else config.stage.target_kind or "disparity"
-    if reason := kind_refusal(protocol, learned):
+    if reason := kind_refusal(protocol, learned, config.model.unit if config.stage.reads_clips else "metres"):
         raise ConfigError(reason)
     if protocol.datasets is None:
         return

@@ -11,6 +11,7 @@ from depthkit.config import (
     DataConfig,
     DatasetConfig,
     DemoConfig,
+    DispNetConfig,
     DPTConfig,
     Eigen2014Config,
     MetricBinsConfig,
@@ -23,6 +24,7 @@ from depthkit.config import (
     TrainConfig,
     TrainerConfig,
     TransferConfig,
+    VideoConfig,
 )
 from depthkit.doctor.settings import DoctorConfig
 from depthkit.evaluation.settings import EvaluateConfig, ProtocolConfig
@@ -39,6 +41,7 @@ SCHEMAS: dict[tuple[str | None, str], type] = {
     ("model", "base_dpt"): DPTConfig,
     ("model", "base_eigen2014"): Eigen2014Config,
     ("model", "base_metric_bins"): MetricBinsConfig,
+    ("model", "base_dispnet"): DispNetConfig,
     ("data", "base_data"): DataConfig,
     ("dataset", "base_dataset"): DatasetConfig,
     ("optim", "base_optim"): OptimConfig,
@@ -50,6 +53,7 @@ SCHEMAS: dict[tuple[str | None, str], type] = {
     ("stage", "base_metric"): MetricConfig,
     ("stage", "base_pseudo_label"): PseudoLabelConfig,
     ("stage", "base_student"): StudentConfig,
+    ("stage", "base_video"): VideoConfig,
     ("hydra/sweeper", "base_optuna"): SearchConfig,
 }
 

@@ -23,6 +23,11 @@ def save_egomotion(folder: Path, network: EgomotionNet, config: EgomotionConfig)
     return folder
 
 
+def load_egomotion_weights(network: EgomotionNet, folder: Path) -> None:
+    """Fill `network` with the weights in `folder`; BundleError lists what does not fit."""
+    load_strict(network, load_egomotion(folder).state_dict(), folder)
+
+
 def load_egomotion(folder: Path) -> EgomotionNet:
     """The network of `save_egomotion`, in eval mode on the CPU; BundleError names what is wrong with the folder."""
     try:

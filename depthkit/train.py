@@ -20,7 +20,7 @@ from depthkit.config import (
 )
 from depthkit.data.cache import ShardCache
 from depthkit.data.datamodule import DepthDataModule
-from depthkit.egomotion_bundle import save_egomotion
+from depthkit.egomotion_bundle import load_egomotion_weights, save_egomotion
 from depthkit.engine import build_trainer, prepare_model
 from depthkit.hydra_entry import hydra_main
 from depthkit.label import label
@@ -149,6 +149,8 @@ def build_video(config: TrainConfig) -> L.LightningModule:
         load_depth_model_weights(model, Path(str(config.stage.encoder_weights)))
     assert config.data.clip_frames is not None
     egomotion = EgomotionNet(config.stage.egomotion, config.data.clip_frames)
+    if config.stage.egomotion_weights is not None:
+        load_egomotion_weights(egomotion, Path(config.stage.egomotion_weights))
     return VideoModule(model, egomotion, config.model.kind, config.stage, config.optim, config.protocol)
 
 

@@ -62,7 +62,7 @@ def prepare(
         if model.sha256 and model.sha256 in names:
             raise ValueError(f"{names[model.sha256]} and {name} are one model (sha256 {model.sha256}): leave one out")
         names[model.sha256] = name
-        if refusal := kind_refusal(protocol, model.kind):
+        if refusal := kind_refusal(protocol, model.kind, model.unit):
             raise ValueError(f"model {name}: {refusal}")
     datasets, refused = usable_datasets(manifests, protocol)
     for name, model in models.items():

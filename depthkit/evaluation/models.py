@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from depthkit.data.codecs import CODECS
 from depthkit.data.manifest import Codec, parse
 from depthkit.evaluation.ground_truth import EvaluationSet
-from depthkit.evaluation.settings import Alignment, GroundTruth, ProtocolConfig
+from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.inference.depth_files import read_record, read_values
 from depthkit.inference.loading import load
 from depthkit.inference.predictor import Predictor
@@ -128,11 +128,6 @@ class StoredPredictions:
             raise ValueError(
                 f"protocol {protocol.name} {wanted} mirrored images, {FACTS} says flip={str(self.facts.flip).lower()}: "
                 f"predict again (and state flip in {FACTS}), or change protocol.flip, which changes the id"
-            )
-        is_metric = protocol.ground_truth is GroundTruth.depth and protocol.alignment is Alignment.none
-        if is_metric and self.kind == "depth" and self.unit != "metres":
-            raise ValueError(
-                f"protocol {protocol.name} compares metres, and the unit of the predictions is {self.unit}"
             )
         folders = {dataset.name: self.folder_of(dataset.name) for dataset in datasets}
         shared = [name for name, folder in folders.items() if list(folders.values()).count(folder) > 1]

@@ -182,9 +182,19 @@ class ProtocolConfig:
             check(set(self.metrics) <= POOLING_POWER.keys(), "protocol.metrics", self.metrics, allowed)
 
 
-def kind_refusal(protocol: ProtocolConfig, kind: str) -> str | None:
-    """Why models that predict `kind` (`types.Kind`) cannot be evaluated with `protocol`; None if they can."""
-    if kind == "depth" or protocol.ground_truth is GroundTruth.pairs:
+def kind_refusal(protocol: ProtocolConfig, kind: str, unit: str = "metres") -> str | None:
+    """Why models that predict `kind` (`types.Kind`) cannot be evaluated with `protocol`; None if they can.
+
+    `unit` "relative" is depth up to scale.
+    """
+    if protocol.ground_truth is GroundTruth.pairs:
+        return None
+    if kind == "depth":
+        if protocol.alignment is Alignment.none and unit == "relative":
+            return (
+                f"protocol {protocol.name} compares metres, and the unit of the predictions is relative: use one "
+                "that fits a scale, such as sfmlearner"
+            )
         return None
     if protocol.alignment not in IN_DISPARITY:
         return (

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from depthkit.types import Batch
 
-STREAMS = {"labeled": "labeled", "domain": "labeled", "normals": "labeled", "unlabeled": "unlabeled", "feature": "unlabeled"}
+STREAMS = {
+    "labeled": "labeled",
+    "domain": "labeled",
+    "normals": "labeled",
+    "unlabeled": "unlabeled",
+    "feature": "unlabeled",
+    **dict.fromkeys(("photometric", "smoothness", "icp"), "unlabeled"),
+}
 """Part of the loss -> the stream whose images it is computed on."""
 
 

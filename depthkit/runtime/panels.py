@@ -8,7 +8,6 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from depthkit.config import StageConfig
 from depthkit.data.windows import normalize
 from depthkit.evaluation.protocols import compare, protocol_id
 from depthkit.evaluation.report_pictures import UNIT_LABELS, encode, shrink
@@ -43,8 +42,7 @@ class ImagePanels(L.Callback):
         protocol = pl_module.protocol
         assert isinstance(protocol, ProtocolConfig)
         title = f"{protocol_id(protocol)}, step {trainer.global_step}"
-        assert isinstance(pl_module.stage, StageConfig)
-        kind = pl_module.stage.target_kind or "disparity"
+        kind = pl_module.kind
         rows = [draw(*pair, kind, protocol, title) for pair in zip(self._batches, predictions, strict=True)]
         picture = np.concatenate(rows)
         self.folder.mkdir(parents=True, exist_ok=True)

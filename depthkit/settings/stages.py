@@ -102,6 +102,7 @@ class VideoConfig(StageConfig):
     name: str = "video"
     decoder_weights: bool = False  # start from the decoder of the bundle `encoder_weights` too; False: a fresh one
     egomotion: EgomotionConfig = field(default_factory=EgomotionConfig)
+    egomotion_weights: str | None = None  # folder `egomotion` of an earlier run; null: random
     reconstruction_weight: float = 0.85
     ssim_weight: float = 0.15
     smoothness_weight: float = 0.05  # halved from scale to scale

@@ -30,6 +30,7 @@ class DepthModule(L.LightningModule):
         self.stage = stage
         self.optim = optim
         self.protocol = protocol
+        self.kind: Kind = stage.target_kind or "disparity"  # of what the model predicts
         metrics = {name: MeanMetric(nan_strategy="ignore") for name in protocol.metrics}
         self.val_metrics: Mapping[str, MeanMetric] = nn.ModuleDict(metrics)  # type: ignore[assignment]
         wants_normals = isinstance(stage, SupervisedConfig) and stage.normals
@@ -75,11 +76,11 @@ class DepthModule(L.LightningModule):
         """Metrics of whole images in depth, after the alignment that the protocol names."""
         if isinstance(batch, Rejection):
             return
-        self.judge(self.predict(batch), batch, self.stage.target_kind or "disparity")
+        self.judge(self.predict(batch), batch)
 
-    def judge(self, prediction: Tensor, batch: Batch, kind: Kind) -> None:
-        """Add the protocol's metrics of a prediction of `kind` to those of the validation so far."""
-        values = score(prediction, batch["target"], batch["valid_mask"], self.protocol, kind)
+    def judge(self, prediction: Tensor, batch: Batch) -> None:
+        """Add the protocol's metrics of a prediction to those of the validation so far."""
+        values = score(prediction, batch["target"], batch["valid_mask"], self.protocol, self.kind)
         for name, value in values.items():
             self.val_metrics[name].update(value)
 

@@ -33,9 +33,9 @@ from depthkit.warping import back_project, invert_motion, pose_matrix, scaled_in
 SMALLEST_DISPARITY = 0.01
 """Added to the disparity of a network that may say 0, so that depth is finite; DispNet has it built in."""
 
-VIDEO_METRICS = ("rank_correlation", "ate", "ate_constant_motion")
-"""Logged as `val/NAME`: of images Spearman's correlation with the true nearness, of clips the absolute trajectory error
-of all their frames in metres, and that of a camera that goes straight ahead at constant speed."""
+VIDEO_METRICS = ("rank_correlation/spearman", "ate/egomotion", "ate/constant_motion")
+"""Logged as `val/NAME`: of images the correlation of predicted and true nearness; of clips the absolute trajectory
+error of all their frames, in metres, and that of a camera that goes straight ahead at constant speed."""
 
 
 class VideoModule(DepthModule):
@@ -60,7 +60,7 @@ class VideoModule(DepthModule):
     ) -> None:
         super().__init__(model, stage, optim, protocol)
         self.egomotion = egomotion
-        self.kind: Kind = kind
+        self.kind = kind
         metrics = {name: MeanMetric(nan_strategy="ignore") for name in VIDEO_METRICS}
         self.video_metrics: Mapping[str, MeanMetric] = nn.ModuleDict(metrics)  # type: ignore[assignment]
 
@@ -122,16 +122,16 @@ class VideoModule(DepthModule):
         if isinstance(batch, Rejection):
             return
         if batch["image"].dim() == 4:
-            values = self(batch["image"]).values
-            self.judge(values, batch, self.kind)
+            values = self.predict(batch)
+            self.judge(values, batch)
             correlation = rank_correlation(values, batch["target"], batch["valid_mask"], self.kind)
-            self.video_metrics["rank_correlation"].update(correlation)
+            self.video_metrics["rank_correlation/spearman"].update(correlation)
             return
         true = batch["camera_to_world"]
         predicted = trajectory(self.window_motions(batch["image"]))
         straight = torch.eye(4, device=true.device).repeat(*true.shape[:2], 1, 1)
         straight[..., 2, 3] = torch.arange(true.shape[1], device=true.device)
-        for name, poses in (("ate", predicted), ("ate_constant_motion", straight)):
+        for name, poses in (("ate/egomotion", predicted), ("ate/constant_motion", straight)):
             values = [ate(path, truth, len(truth)) for path, truth in zip(poses, true, strict=True)]
             self.video_metrics[name].update(torch.cat(values))
 
