@@ -54,6 +54,8 @@ class BundleFacts:
     def __post_init__(self) -> None:
         check(self.content in ("depth_model", "encoder"), "content", self.content, "depth_model or encoder")
         check(self.kind in tuple(UNITS), "kind", self.kind, "one of " + ", ".join(UNITS))
+        focal = self.canonical_focal_px
+        check(focal is None or focal > 0, "canonical_focal_px", focal, "> 0 (pixels), or null")
 
 
 def save_bundle(folder: Path, module: DepthModel | Encoder, facts: BundleFacts) -> Path:

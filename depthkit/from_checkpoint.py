@@ -46,6 +46,7 @@ def load_checkpoint(path: Path) -> tuple[DepthModel | Encoder, BundleFacts]:
         model=config,
         kind="disparity" if is_encoder else config.kind,
         short_side=min(settings["data"]["crop_size"]),
+        canonical_focal_px=settings["stage"].get("canonical_focal_px"),
         provenance=facts["provenance"] | {"steps": facts["step"], "num_parameters": num_parameters(model)},
     )
 

@@ -84,8 +84,11 @@ class MetricBins(nn.Module):
         if self.router is None:
             return expected_depth(*bins[0]), None
         logits = self.router(bottleneck)
-        chosen, each = logits.argmax(dim=1), torch.arange(len(logits), device=logits.device)
-        return expected_depth(*(torch.stack(parts)[chosen, each] for parts in zip(*bins, strict=True))), logits
+        domain = logits.argmax(dim=1)[:, None, None, None]
+        chosen = bins[0]
+        for number, head in enumerate(bins[1:], start=1):
+            chosen = [torch.where(domain == number, *parts) for parts in zip(head, chosen, strict=True)]
+        return expected_depth(*chosen), logits
 
 
 class MetricBinsDecoder(nn.Module):
@@ -223,8 +226,8 @@ def expected_depth(centers: Tensor, probability: Tensor, share: Tensor) -> Tenso
     successes = torch.arange(trials + 1, device=centers.device, dtype=torch.float32).view(1, -1, 1, 1)
     likelihood = (
         log_binomial_coefficient(trials, successes)
-        + successes * probability.clamp(1e-4, 1).log()
-        + (trials - successes) * (1 - probability).clamp(1e-4, 1).log()
+        + successes * probability.clamp(min=1e-4).log()
+        + (trials - successes) * (1 - probability).clamp(min=1e-4).log()
     )
     lowest, highest = TEMPERATURES
     weights = (likelihood / (lowest + (highest - lowest) * share)).softmax(dim=1)
