@@ -6,7 +6,8 @@ import torch
 
 from depthkit.doctor.alignment import correlation, measure
 from depthkit.doctor.finding import Level
-from depthkit.doctor.labels import check_alignment, check_cameras, check_flips, check_values
+from depthkit.doctor.labels import check_alignment, check_cameras, check_flips, check_values, is_mirror
+from depthkit.types import Sample
 
 NUM, SIZE = 24, 64
 
@@ -169,3 +170,20 @@ def test_flips_are_compared_part_by_part(tiny_config, tmp_path, monkeypatch):
     finding = check_flips(config.data, "disparity", 0)
     assert finding.level is Level.problem
     assert "target of" in finding.text
+
+
+@pytest.mark.parametrize("frames", [(), (3,)])
+def test_a_clip_is_mirrored_frame_by_frame(frames):
+    image = np.arange(np.prod([*frames, 4, 6, 3]), dtype=np.uint8).reshape(*frames, 4, 6, 3)
+    target = np.arange(24, dtype=np.float32).reshape(4, 6)
+
+    def sample(image, target, cx):
+        camera = np.array([5, 5, cx, 2], np.float32)
+        mask = target > 3
+        return Sample(image=image, target=target, valid_mask=mask, key="a", dataset="b", intrinsics_px=camera)
+
+    straight = sample(image, target, 2.5)
+    mirrored = sample(image[..., ::-1, :], target[:, ::-1], 3.5)
+    for part in ("image", "target", "valid_mask", "intrinsics_px"):
+        assert is_mirror(straight, mirrored, part)
+        assert not is_mirror(straight, straight, part)

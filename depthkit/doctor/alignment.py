@@ -14,6 +14,7 @@ from depthkit.alignment import masked_mean
 LUMA = (0.299, 0.587, 0.114)
 WORKING_SIDE = 128  # pixels; larger maps are averaged down to about this, so that edges of sensors' width meet
 MAX_SHIFT = 8  # working pixels, in each direction
+MAX_OTHERS = 7  # images whose labels each image is compared with, besides its own
 SMALLEST_SHARE = 0.2  # of an image in which the label has edges to compare; sparse labels have none
 
 
@@ -27,7 +28,7 @@ class Edges(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """Correlation of the edges of label and image, (images,) each: as they are given, with the label of another image,
+    """Correlation of the edges of label and image, (images,) each: as they are given, with the labels of other images,
     with the label turned over; and `shifted` (images, 2 R + 1, 2 R + 1), the label moved by (-R to R) working pixels
     down and right. `chance` is the largest mean that another image's label reaches anywhere. `factor` as in `Edges`."""
 
@@ -85,13 +86,14 @@ def measure(image: Tensor, target: Tensor, valid_mask: Tensor) -> Agreement | No
     strength, drawn, known = (values[is_dense] for values in (found.strength, label.strength, label.is_known))
     turns = {"mirrored left to right": [2], "upside down": [1], "turned by 180 degrees": [1, 2]}
     reach = min(MAX_SHIFT, min(strength.shape[1:]) // 4)
-    others = (drawn.roll(1, 0), known.roll(1, 0))
+    turned_by = range(1, min(MAX_OTHERS, len(strength) - 1) + 1)
+    others = [(drawn.roll(number, 0), known.roll(number, 0)) for number in turned_by]
     return Agreement(
         own=correlation(strength, drawn, known),
-        other=correlation(strength, *others),
+        other=torch.stack([correlation(strength, *other) for other in others]).mean(0),
         turned={name: correlation(strength, drawn.flip(axes), known.flip(axes)) for name, axes in turns.items()},
         shifted=shift_correlations(strength, drawn, known, reach),
-        chance=float(shift_correlations(strength, *others, reach).mean(0).max()),
+        chance=float(shift_correlations(strength, *others[0], reach).mean(0).max()),
         factor=found.factor,
     )
 

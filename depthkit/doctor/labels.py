@@ -157,9 +157,9 @@ def is_mirror(straight: Sample, mirrored: Sample, part: str) -> bool:
     """Columns run the other way; the principal point, `cx` from the left, is as far from the right."""
     found, other = getattr(straight, part), getattr(mirrored, part)
     if part != "intrinsics_px":
-        return np.array_equal(found[:, ::-1], other)
+        return np.array_equal(np.flip(found, -2 if part == "image" else -1), other)  # an image may be a clip of many
     fx, fy, cx, cy = found
-    return np.allclose([fx, fy, straight.image.shape[1] - cx, cy], other, rtol=1e-4, equal_nan=True)
+    return np.allclose([fx, fy, straight.image.shape[-2] - cx, cy], other, rtol=1e-4, equal_nan=True)
 
 
 def per_stream(batches: Sequence[Mapping[str, Batch]]) -> dict[str, list[Batch]]:

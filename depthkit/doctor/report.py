@@ -49,7 +49,7 @@ def write(findings: Sequence[Finding], picture: np.ndarray, out: Path) -> None:
 
 def draw(samples: Sequence[np.ndarray], findings: Sequence[Finding]) -> np.ndarray:
     """One picture (H, W, 3) uint8: rows of samples above, the curves below."""
-    pictures = [*samples, *curves(findings)]
+    pictures = [*samples, *curves(findings)] or [np.full((1, 1, 3), 255, np.uint8)]
     width = max(picture.shape[1] for picture in pictures)
     padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures]
     return np.concatenate(padded)

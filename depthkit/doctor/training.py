@@ -12,6 +12,8 @@ from depthkit.doctor.finding import Finding, Level
 
 FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Of the rates in the settings, that the sweep tries."""
+BLIND, USED = 1.001, 1.05
+"""Of the loss of one batch learned by heart: what the images of others must exceed."""
 LEARNED, STUCK = 0.5, 0.9
 """Of the first loss: what one batch learned by heart must come below, and what is as good as nothing."""
 
@@ -100,9 +102,11 @@ def check_overfit(bench: Bench, batch: Batches, steps: int, factor: float) -> Fi
     if ratio > STUCK:
         text = f"the loss of one batch does not fall ({seen}): network, loss or labels do not go together"
         level = Level.problem
-    elif exchanged is not None and exchanged < 1.05 * losses[-1]:
-        text = f"the loss of one batch falls ({seen}), but is no higher with the images of others: they are not used"
-        level = Level.problem
+    elif exchanged is not None and exchanged < USED * losses[-1]:
+        text = f"the loss of one batch falls ({seen}), but is {exchanged:.3g} with the images of others: "
+        is_blind = exchanged < BLIND * losses[-1]
+        text += "they are not used" if is_blind else "they are hardly used yet; steps=N gives it longer"
+        level = Level.problem if is_blind else Level.warning
     elif ratio > LEARNED:
         text, level = f"one batch is learned slowly ({seen}); steps=N gives it longer", Level.warning
     else:
