@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,9 +15,8 @@ from depthkit.bundle import read_facts
 from depthkit.checks import validate
 from depthkit.config import ConfigError, MetricConfig
 from depthkit.data.datamodule import build_streams
-from depthkit.data.manifest import load_manifest
 from depthkit.data.quarantine import SampleError
-from depthkit.data.shards import ShardReader
+from depthkit.from_checkpoint import load_checkpoint
 from depthkit.train import build_data, build_metric, run
 
 METRIC = ["stage=metric", "protocol=metric", "model.max_depth=80", "data.labeled.source.depth_range=[0,80]"]
@@ -26,7 +26,7 @@ CANONICAL = [*METRIC, "stage.canonical_focal_px=100"]
 @pytest.fixture(scope="module")
 def bundle(tiny_config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("canonical")
-    run(tiny_config("teacher", folder, *CANONICAL))
+    run(tiny_config("teacher", folder, *CANONICAL, "callbacks.checkpoint.every_n_train_steps=3"))
     return folder / "bundle"
 
 
@@ -106,6 +106,35 @@ def test_a_focal_length_is_needed(bundle: Path, image: np.ndarray, focal_px: Any
         depthkit.load(bundle).predict(image, focal_px=focal_px)
 
 
+@pytest.mark.parametrize("form", ["hf", "pth"])
+def test_formats_that_cannot_say_the_camera_are_refused(
+    bundle: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["depthkit", "export", str(bundle), "--format", form, "--out", str(tmp_path / "x")])
+    assert main() == 1
+    assert f"--format {form} cannot say" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_says_its_camera_too(bundle: Path) -> None:
+    path = max((bundle.parent / "checkpoints").glob("*.ckpt"))
+    assert load_checkpoint(path)[1].canonical_focal_px == 100
+
+
+def test_files_are_predicted_with_the_focal_length_of_the_command(
+    bundle: Path, image: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), image[..., ::-1])
+    words = f"predict {bundle} {tmp_path / 'a.png'} --out {tmp_path / 'out'} --format npy --device cpu"
+    for more, code in (([], 1), (["--focal-px", "60"], 0)):
+        monkeypatch.setattr("sys.argv", ["depthkit", *words.split(), *more])
+        assert main() == code
+    assert "needs the horizontal focal length" in capsys.readouterr().err
+    expected = depthkit.load(bundle, "cpu").predict(image, focal_px=60.0).values
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "a.npy"), expected, rtol=1e-5)
+    assert json.loads((tmp_path / "out" / "a.json").read_text())["focal_px"] == 60
+
+
 def test_others_take_none(tiny_teacher: Path, image: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"focal_px=60\.0: .* trained without focal lengths; leave it out"):
         depthkit.load(tiny_teacher).predict(image, focal_px=60.0)
@@ -149,9 +178,3 @@ def test_the_range_of_the_data_is_not_that_of_the_canonical_camera(tiny_config: 
     validate(tiny_config("teacher", tmp_path, *CANONICAL, *settings))
     with pytest.raises(ConfigError, match=r"model\.max_depth=20\.0: must be at least 80 m"):
         validate(tiny_config("teacher", tmp_path, *METRIC, *settings))
-
-
-def test_the_world_states_its_cameras(tiny_world: Path) -> None:
-    manifest = load_manifest(tiny_world / "source_val" / "manifest.json")
-    facts = json.loads(ShardReader(manifest, tiny_world / "source_val").read(0, 0).members["json"])
-    assert len(facts["intrinsics_px"]) == 4

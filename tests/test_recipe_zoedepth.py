@@ -10,9 +10,10 @@ import torch
 from test_train import logged
 
 import depthkit
-from depthkit.bundle import load_model
+from depthkit.bundle import BundleFacts, load_model
 from depthkit.checks import validate
 from depthkit.config import ConfigError, MetricBinsConfig, TrainConfig
+from depthkit.formats.onnx import export_onnx, load_onnx
 from depthkit.models import build_model
 from depthkit.optim import build_optimizer, build_schedule, parameter_groups
 from depthkit.train import build_metric, run
@@ -142,6 +143,24 @@ def test_a_short_run_trains_and_ends_in_a_bundle(
     assert prediction.values.min() > 0
     model, _ = load_model(Path(config.run_dir) / "bundle")
     assert [*model.decoder.bins.heads] == (["source", "target"] if experiment.endswith("nk") else ["depth"])
+
+
+@pytest.mark.slow
+def test_two_heads_as_onnx_route_every_image_of_a_batch(compose: Any, tiny_teacher: Path, tmp_path: Path) -> None:
+    """For any number of images: the graph holds no batch size."""
+    config = compose(*small("tiny_zoedepth_nk", tmp_path, tmp_path, tiny_teacher)).model
+    torch.manual_seed(0)
+    model = build_model(config).eval()
+    images = torch.randn(3, 3, 32, 40)
+    with torch.no_grad():
+        model.decoder.bins.router.classifier[2].bias -= model(images).domain_logits.mean(0)
+        expected = model(images)
+    assert set(expected.domain_logits.argmax(1).tolist()) == {0, 1}
+    facts = BundleFacts(content="depth_model", model=config, kind="depth", short_side=32)
+    export_onnx(model, facts, tmp_path / "model.onnx")
+    network, found, _ = load_onnx(tmp_path / "model.onnx", torch.device("cpu"))
+    assert found.model == config
+    torch.testing.assert_close(network(images), expected.values, rtol=1e-4, atol=1e-4)
 
 
 def test_it_starts_from_the_whole_relative_model(
