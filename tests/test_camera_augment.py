@@ -1,5 +1,6 @@
 """Another camera for image and target: seeded, off by default, and both stay one view with the depth that belongs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from handmade import DEPTH, jpeg, labeled_sample, png, write_dataset
 
 from depthkit.config import AugmentConfig, CameraAugmentConfig, ConfigError, DataConfig, DatasetConfig
 from depthkit.data.datamodule import build_streams
+from depthkit.data.streams import Stream
 from depthkit.data.transforms import Camera, draw_camera, rotate, take_again
 from depthkit.data.windows import random_window
 from depthkit.types import Sample
@@ -154,29 +156,40 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("rooms"), {f"r{i:02d}": labeled_sample(i, SIZE) for i in range(12)})
 
 
-def stream(manifest: Path, camera: CameraAugmentConfig, **settings: Any) -> Any:
+def stream(manifest: Path, augment: AugmentConfig, *, size: int = 32) -> Stream:
     config = DataConfig(
         labeled={"rooms": DatasetConfig(manifest=str(manifest))},
-        crop_size=[32, 32],
+        crop_size=[size, size],
         batch_size=4,
         shuffle_block=4,
-        augment=AugmentConfig(camera=camera, color_jitter=1.0, blur=1.0),
+        augment=augment,
     )
-    return build_streams(config, settings.get("kind", "depth"), seed=0)["labeled"]
+    return build_streams(config, "depth", seed=0)["labeled"]
 
 
 def test_labeled_samples_get_the_camera_and_nothing_of_the_strong_perturbations(manifest: Path):
-    plain, other = stream(manifest, CameraAugmentConfig()), stream(manifest, CameraAugmentConfig(zoom=[1.0, 1.0]))
+    strong = AugmentConfig(color_jitter=1.0, grayscale=1.0, blur=1.0, blur_sigma=[2.0, 2.0])
+    plain, other = stream(manifest, AugmentConfig()), stream(manifest, strong)
+    seen = stream(manifest, replace(strong, camera=ALL))
     for position in range(12):
-        a, b = plain.load(position)[0], other.load(position)[0]
+        a, b, c = (each.load(position)[0] for each in (plain, other, seen))
         np.testing.assert_array_equal(a.image, b.image)
-        # Ten grey levels to a metre: image and label say the same, unblurred and in the colours they had.
-        assert np.abs(a.image[..., 0] / 10 - a.target)[a.valid_mask].mean() < 0.5
+        assert (a.image != c.image).any()
+
+
+def test_zoom_shows_less_of_the_image(tmp_path: Path):
+    """Grey levels that grow by 2 from column to column grow by 1 from pixel to pixel at a zoom of 2."""
+    ramp = np.tile(np.arange(0, 160, 2, dtype=np.uint8), (80, 1))
+    members = {"jpg": jpeg(ramp, quality=100), "depth.png": png(ramp.astype(np.uint16) * 100 + 100)}
+    path = write_dataset(tmp_path, {"ramp": members})
+    for zoom in (1.0, 2.0):
+        found = stream(path, AugmentConfig(camera=CameraAugmentConfig(zoom=[zoom, zoom])), size=80).load(0)[0]
+        assert abs(int(found.image[40, -1, 0]) - int(found.image[40, 0, 0])) == pytest.approx(158 / zoom, abs=3)
 
 
 def test_zoom_rotation_and_label_agree_in_the_stream(manifest: Path):
     """The label times the zoom is the depth that the grey level says."""
-    zoomed = stream(manifest, CameraAugmentConfig(zoom=[1.3, 1.3], rotation=5.0))
+    zoomed = stream(manifest, AugmentConfig(camera=CameraAugmentConfig(zoom=[1.3, 1.3], rotation=5.0)))
     for position in range(12):
         found = zoomed.load(position)[0]
         assert found.valid_mask.mean() > 0.9
@@ -184,7 +197,7 @@ def test_zoom_rotation_and_label_agree_in_the_stream(manifest: Path):
 
 
 def test_a_position_is_one_camera(manifest: Path):
-    a, b = stream(manifest, ALL), stream(manifest, ALL)
+    a, b = (stream(manifest, AugmentConfig(camera=ALL)) for _ in range(2))
     first = [a.load(position)[0] for position in range(12)]
     for position in reversed(range(12)):
         again = b.load(position)[0]
@@ -201,11 +214,8 @@ def test_range_in_metres_is_of_the_scene_not_of_the_picture(tmp_path: Path):
     }
     path = write_dataset(tmp_path, samples, DEPTH)
     config = DatasetConfig(manifest=str(path), depth_range=[0.0, 10.0])
-    data = DataConfig(
-        labeled={"walls": config},
-        crop_size=[32, 32],
-        augment=AugmentConfig(camera=CameraAugmentConfig(zoom=[1.5, 1.5])),
-    )
+    augment = AugmentConfig(camera=CameraAugmentConfig(zoom=[1.5, 1.5]))
+    data = DataConfig(labeled={"walls": config}, crop_size=[32, 32], augment=augment)
     found = {s.key: s for s, _ in map(build_streams(data, "depth", seed=0)["labeled"].load, range(2))}
     assert found["w9"].valid_mask.all()
     np.testing.assert_allclose(found["w9"].target, 6.0, rtol=1e-6)

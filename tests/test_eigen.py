@@ -106,16 +106,18 @@ def test_any_image_gives_positive_depth_of_its_size(fine: bool, size: tuple[int,
     assert output.features.shape[:2] == (2, 6)
 
 
-def test_depth_is_the_exponential_of_the_map():
-    """At the size of the input an output fills 4 x 4 pixels, from 3.5 pixels on; the border repeats the last ones."""
-    network = model()
+@pytest.mark.parametrize("predicted_rows", [64, 40])
+def test_depth_is_the_exponential_of_the_map(predicted_rows: int):
+    """At the size of the input an output fills 4 x 4 pixels of the lowest rows, from 3.5 pixels on; what lies around
+    repeats the nearest ones."""
+    network = model(rows=predicted_rows)
     image = torch.randn(1, 3, 64, 96)
     taps, _ = network.encoder(image)
     depth = network.decoder(taps).exp()[0].detach().numpy()
-    rows = np.clip((np.arange(64) + 0.5 - 3.5) // 4, 0, 13).astype(int)
+    assert depth.shape == ({64: 14, 40: 8}[predicted_rows], 22)
+    rows = np.clip((np.arange(64) + 0.5 - (64 - predicted_rows) - 3.5) // 4, 0, len(depth) - 1).astype(int)
     cols = np.clip((np.arange(96) + 0.5 - 3.5) // 4, 0, 21).astype(int)
     np.testing.assert_allclose(network(image).values[0].detach(), depth[rows][:, cols], rtol=1e-6)
-    assert depth.shape == (14, 22)
 
 
 def test_outputs_stand_for_the_pixels_that_fine1_sees_in_its_middle():
