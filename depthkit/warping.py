@@ -71,8 +71,8 @@ def move(points: Tensor, motion: Tensor) -> Tensor:
     return turned + motion[:, :3, 3, None, None]
 
 
-def project(points: Tensor, intrinsics_px: Tensor) -> tuple[Tensor, Tensor]:
-    """Where points (B, 3, H, W) are seen: pixel coordinates (u, v), (B, H, W, 2), and which lie in front, (B, H, W).
+def project(points: Tensor, intrinsics_px: Tensor) -> Tensor:
+    """Where points (B, 3, H, W) are seen: pixel coordinates (u, v), (B, H, W, 2).
 
     `u = fx x / z + cx`, `v = fy y / z + cy`; a point behind the camera, or nearer to its plane than `NEAREST_Z` of the
     median distance, has coordinates far outside and no gradient.
@@ -83,7 +83,7 @@ def project(points: Tensor, intrinsics_px: Tensor) -> tuple[Tensor, Tensor]:
     is_in_front = z > nearest
     inverse = torch.where(is_in_front, z, 1.0).reciprocal()
     coordinates = torch.stack([fx * x * inverse + cx, fy * y * inverse + cy], -1)
-    return torch.where(is_in_front[..., None], coordinates, FAR_OUTSIDE_PX), is_in_front
+    return torch.where(is_in_front[..., None], coordinates, FAR_OUTSIDE_PX)
 
 
 FAR_OUTSIDE_PX = -1e4
@@ -111,6 +111,4 @@ def warp(source: Tensor, depth: Tensor, motion: Tensor, intrinsics_px: Tensor) -
 
     Returns (B, C, H, W) and where it is known, (B, H, W) bool. Gradients reach depth and motion through the sampling.
     """
-    coordinates, is_in_front = project(move(back_project(depth, intrinsics_px), motion), intrinsics_px)
-    warped, is_inside = sample_bilinear(source, coordinates)
-    return warped, is_inside & is_in_front
+    return sample_bilinear(source, project(move(back_project(depth, intrinsics_px), motion), intrinsics_px))

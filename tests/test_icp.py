@@ -74,6 +74,12 @@ def test_a_flat_cloud_is_turned_and_not_mirrored():
     )
 
 
+def test_the_mirror_image_is_approached_by_a_turn():
+    points = cloud(30)
+    motion = best_rigid_motion(points, points * torch.tensor([-1.0, 1, 1]), everywhere(points))
+    torch.testing.assert_close(torch.linalg.det(motion[:, :3, :3]), torch.ones(2))
+
+
 @pytest.mark.parametrize("count", [400, 1500])
 def test_a_synthetic_motion_is_recovered(count):
     points = cloud(count)
@@ -83,12 +89,13 @@ def test_a_synthetic_motion_is_recovered(count):
     assert found.residual.abs().max() < 1e-3
 
 
-def test_same_as_an_independent_implementation():
-    """Other points of the same surface: the answer is not exact, and both give the same one."""
-    points, target = cloud(300, 0), moved(cloud(350, 1), pose_matrix(MOTION))
-    found = icp(points, target, max_iterations=10)
+@pytest.mark.parametrize("iterations", [3, 10])
+def test_same_as_an_independent_implementation(iterations):
+    """Other points of the same surface: the answer is not exact, and both give the same one on the same way."""
+    points, target = cloud(300, 0), moved(cloud(350, 1), pose_matrix(5 * MOTION))
+    found = icp(points, target, max_iterations=iterations)
     for i in range(2):
-        motion, residual = reference_icp(points[i].numpy(), target[i].numpy(), 10)
+        motion, residual = reference_icp(points[i].numpy(), target[i].numpy(), iterations)
         np.testing.assert_allclose(found.motion[i], motion, atol=1e-4)
         np.testing.assert_allclose(found.residual[i], residual, atol=1e-3)
 

@@ -82,12 +82,12 @@ def test_photometric_error_by_parts():
 
 
 def test_minimum_and_automask_by_hand():
-    errors = torch.tensor([[[[1.0, 5.0, 3.0, 9.0]]], [[[4.0, 2.0, 3.0, 9.0]]]])  # (S=2, B=1, 1, 4)
+    errors = torch.tensor([[[[1.0, 5.0, 9.0, 9.0]]], [[[4.0, 2.0, 4.0, 9.0]]]])  # (S=2, B=1, 1, 4)
     valid = torch.tensor([[[[True, True, False, False]]], [[[True, True, True, False]]]])
-    torch.testing.assert_close(losses.minimum_reprojection_loss(errors, valid), torch.tensor([(1.0 + 2 + 3) / 3]))
+    torch.testing.assert_close(losses.minimum_reprojection_loss(errors, valid), torch.tensor([(1.0 + 2 + 4) / 3]))
     static = torch.tensor([[[[2.0, 2.0, 9.0, 9.0]]], [[[1.5, 9.0, 9.0, 9.0]]]])
     # Standing still explains the second pixel as well: it does not count.
-    torch.testing.assert_close(losses.minimum_reprojection_loss(errors, valid, static), torch.tensor([(1.0 + 3) / 2]))
+    torch.testing.assert_close(losses.minimum_reprojection_loss(errors, valid, static), torch.tensor([(1.0 + 4) / 2]))
 
 
 def test_a_static_camera_teaches_nothing():
