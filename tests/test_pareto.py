@@ -82,7 +82,7 @@ def test_rows_are_the_gradients_of_each_loss():
 
 @pytest.mark.parametrize("num_tasks", [2, 4])
 def test_no_loss_rises_along_the_direction(num_tasks: int):
-    """Quadratic bowls with different bottoms and very different steepness: the mean's step would raise the flat ones."""
+    """Quadratic bowls with different bottoms and steepness: the step of the mean would raise the flat ones."""
     generator = torch.Generator().manual_seed(num_tasks)
     bottoms = torch.randn(num_tasks, 6, generator=generator)
     steepness = torch.logspace(0, 2, num_tasks)
