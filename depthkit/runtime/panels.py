@@ -42,7 +42,7 @@ class ImagePanels(L.Callback):
         protocol = pl_module.protocol
         assert isinstance(protocol, ProtocolConfig)
         title = f"{protocol_id(protocol)}, step {trainer.global_step}"
-        kind = pl_module.kind
+        kind: Kind = pl_module.kind  # type: ignore[assignment]
         rows = [draw(*pair, kind, protocol, title) for pair in zip(self._batches, predictions, strict=True)]
         picture = np.concatenate(rows)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -132,8 +132,8 @@ class VideoModule(DepthModule):
         straight = torch.eye(4, device=true.device).repeat(*true.shape[:2], 1, 1)
         straight[..., 2, 3] = torch.arange(true.shape[1], device=true.device)
         for name, poses in (("ate/egomotion", predicted), ("ate/constant_motion", straight)):
-            values = [ate(path, truth, len(truth)) for path, truth in zip(poses, true, strict=True)]
-            self.video_metrics[name].update(torch.cat(values))
+            errors = [ate(path, truth, len(truth)) for path, truth in zip(poses, true, strict=True)]
+            self.video_metrics[name].update(torch.cat(errors))
 
     def window_motions(self, clip: Tensor) -> Tensor:
         """Motions (B, T - 1, 6) of a clip of T frames, at least as long as the network's: those of its windows, where
