@@ -17,6 +17,7 @@ from depthkit import label, launch
 from depthkit.__main__ import VERBS
 from depthkit.compose import register_schemas
 from depthkit.config import CONF_DIR, ConfigError, DemoConfig, PseudoLabelConfig, TrainConfig
+from depthkit.doctor.settings import DoctorConfig
 from depthkit.evaluation import evaluate
 from depthkit.evaluation.settings import EvaluateConfig
 from depthkit.planning.plan import to_plan_config
@@ -103,7 +104,7 @@ def assert_composes(verb: str, arguments: list[str], compose) -> None:
     elif verb == "launch":
         assert len(launch.composed(launch.parse(arguments))) >= 2
     else:
-        schema = {"train": TrainConfig, "demo": DemoConfig}[verb]
+        schema = {"train": TrainConfig, "doctor": DoctorConfig, "demo": DemoConfig}[verb]
         assert isinstance(compose(*settings, config_name=verb), schema)
 
 
@@ -144,7 +145,7 @@ def experiment_comments() -> list:
     shown = []
     for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
         for line in re.findall(r"^#   (depthkit (?:train|label) .*)", path.read_text(), re.MULTILINE):
-            shown.append(pytest.param(shlex.split(line)[1:], id=f"{path.name}: {line}"))
+            shown.append(pytest.param(shlex.split(line, comments=True)[1:], id=f"{path.name}: {line}"))
     return shown
 
 
