@@ -1,6 +1,7 @@
 """A training step outside of a run: the real module of a stage on random images, without a Trainer."""
 
 from dataclasses import replace
+from itertools import cycle, islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,9 @@ def bare_module(config: TrainConfig) -> L.LightningModule:
     """The stage's module with random weights, whose `training_step` can be called by itself: it logs nowhere.
 
     With activation checkpointing where the settings say so; not compiled."""
-    config = replace(config, stage=replace(config.stage, encoder_weights=None))
+    fresh = {"decoder_weights": False, "egomotion_weights": None}
+    whole: dict[str, Any] = {name: value for name, value in fresh.items() if hasattr(config.stage, name)}
+    config = replace(config, stage=replace(config.stage, encoder_weights=None, **whole))
     module = build_module(config)
     module._trainer = SimpleNamespace(world_size=1, global_rank=0)  # type: ignore[assignment]
     module.log = module.log_dict = _log_nowhere  # type: ignore[method-assign]
@@ -53,7 +56,10 @@ def random_batch(config: TrainConfig, images: dict[str, int], device: torch.devi
 
 def _random_part(config: TrainConfig, stream: str, count: int, device: torch.device) -> Batch:
     height, width = config.data.crop_size
-    part: dict[str, Any] = {"image": torch.rand(count, 3, height, width, device=device)}
+    frames = (config.data.clip_frames,) if stream == "unlabeled" and config.data.clip_frames else ()
+    part: dict[str, Any] = {"image": torch.rand(count, *frames, 3, height, width, device=device)}
+    part["dataset"] = list(islice(cycle(getattr(config.data, stream)), count))
+    part["intrinsics_px"] = torch.full((count, 4), float(width), device=device)
     if not isinstance(config.stage, PretrainConfig):
         part["target"] = torch.rand(count, height, width, device=device)
         part["valid_mask"] = torch.ones(count, height, width, dtype=torch.bool, device=device)
