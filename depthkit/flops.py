@@ -18,8 +18,9 @@ def forward_flops(model: ModelConfig | nn.Module, size: tuple[int, int]) -> floa
     module = describe(model) if isinstance(model, ModelConfig) else model
     weights = {name: each.to("meta") for name, each in (*module.named_parameters(), *module.named_buffers())}
     with torch.no_grad(), FlopCounterMode(display=False) as counter, torch.device("meta"):
-        functional_call(module, weights, (torch.empty(1, 3, *size),))
-    return float(counter.get_total_flops())
+        # Two images: batch norm refuses a single value in training.
+        functional_call(module, weights, (torch.empty(2, 3, *size),))
+    return float(counter.get_total_flops()) / 2
 
 
 def num_parameters(model: ModelConfig | nn.Module, *, trainable: bool = False) -> int:
