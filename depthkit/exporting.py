@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"{arguments.bundle} holds an encoder alone, which makes a bundle but no depth")
         if facts.canonical_focal_px is not None and arguments.format in ("hf", "pth"):
             focal = f"depth of a camera of {facts.canonical_focal_px:g} px focal length (stage.canonical_focal_px)"
-            raise ValueError(f"{arguments.bundle} predicts {focal}, which --format {arguments.format} cannot say; use onnx")
+            reason = f"which --format {arguments.format} cannot say; use onnx"
+            raise ValueError(f"{arguments.bundle} predicts {focal}, {reason}")
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         FORMATS[arguments.format](model, facts, arguments)
     except (ValueError, OSError) as error:

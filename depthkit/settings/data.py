@@ -73,7 +73,7 @@ class CameraAugmentConfig:
 
 @dataclass(kw_only=True)
 class AugmentConfig:
-    """Perturbations. Labeled images are flipped and, if asked, seen by another camera; the rest is for unlabeled ones."""
+    """Perturbations. Labeled images are flipped and, if asked, seen by another camera; the rest is for unlabeled."""
 
     horizontal_flip: float = 0.5  # probability, labeled and unlabeled
     camera: CameraAugmentConfig = field(default_factory=CameraAugmentConfig)  # labeled and unlabeled
