@@ -23,6 +23,14 @@ def gradient_rows(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
+def mixing_weights(rows: Tensor) -> Tensor:
+    """`min_norm_weights` of n gradients (n, P), in float32 whatever autocast says: half precision does not see
+    where similar gradients differ."""
+    with torch.autocast(rows.device.type, enabled=False):
+        rows = rows.float()
+        return min_norm_weights(rows @ rows.T)
+
+
 def min_norm_weights(gram: Tensor) -> Tensor:
     """Weights (n,) >= 0 with sum 1 that minimise `weights @ gram @ weights`, gram (n, n) of the gradients.
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from depthkit.pareto import frank_wolfe, gradient_rows, min_norm_weights, two_task_weights
+from depthkit.pareto import frank_wolfe, gradient_rows, min_norm_weights, mixing_weights, two_task_weights
 
 
 def gram_of(rows: np.ndarray) -> torch.Tensor:
@@ -69,6 +69,19 @@ def test_the_scale_of_gradients_does_not_matter():
     for factor in (1e-12, 1e12):
         torch.testing.assert_close(frank_wolfe(factor * gram), frank_wolfe(gram), atol=1e-4, rtol=1e-4)
     assert torch.equal(frank_wolfe(torch.zeros(3, 3)), torch.full((3,), 1 / 3))
+
+
+@pytest.mark.parametrize("num_tasks", [2, 4])
+def test_half_precision_around_it_does_not_reach_the_weights(num_tasks: int):
+    """Gradients of much the same direction, as those of data sets are, differ in what bfloat16 drops."""
+    rng = np.random.default_rng(num_tasks)
+    rows = 3 * rng.normal(size=(1, 1000)) + 0.3 * np.arange(1, num_tasks + 1)[:, None] * rng.normal(
+        size=(num_tasks, 1000)
+    )
+    expected = min_norm_weights(gram_of(rows))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mixing_weights(torch.from_numpy(rows).float())
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
 
 
 def test_rows_are_the_gradients_of_each_loss():

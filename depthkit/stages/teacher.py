@@ -6,7 +6,7 @@ from torch import Tensor, distributed
 from depthkit.config import OptimConfig, TeacherConfig
 from depthkit.evaluation.settings import ProtocolConfig
 from depthkit.models import DepthModel
-from depthkit.pareto import gradient_rows, min_norm_weights
+from depthkit.pareto import gradient_rows, mixing_weights
 from depthkit.stages.base import DepthModule, supervised_loss
 from depthkit.types import Batch, StepOutput
 
@@ -45,9 +45,9 @@ class TeacherModule(DepthModule):
         return self.with_normals(step, output.features, labeled)
 
     def pareto(self, losses: Tensor) -> Tensor:
-        """The losses of the data sets (n,) weighed by `min_norm_weights` of their gradients, those of all ranks."""
+        """The losses of the data sets (n,) weighed by `mixing_weights` of their gradients, those of all ranks."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         rows = gradient_rows(losses, parameters)
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(rows)
-        return torch.dot(min_norm_weights(rows @ rows.T), losses)
+        return torch.dot(mixing_weights(rows), losses)
