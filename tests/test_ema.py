@@ -133,6 +133,22 @@ def test_half_life():
     assert float(callback.average["weight"]) == pytest.approx(0.5, abs=0.01)
 
 
+def test_statistics_that_go_with_the_weights_are_averaged_too():
+    """Those of a trained BatchNorm layer, as its weights are; those of a frozen one stay out."""
+    callback, module = WeightAverage(0.5), torch.nn.Sequential(torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1))
+    module[1].requires_grad_(False)
+    trainer = L.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False, accelerator="cpu")
+    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    progress.completed = 100
+    callback.on_train_start(trainer, module)
+    module[0].running_mean.fill_(4.0)
+    progress.completed += 1
+    callback.on_train_batch_end(trainer, module)
+    assert set(callback.average) == {f"0.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
+    callback.on_fit_end(trainer, module)
+    assert module[0].running_mean.tolist() == [2.0]
+
+
 def test_what_cannot_be_averaged_is_refused(tiny_config, tmp_path):
     sharded = ["optim.ema_decay=0.9", "trainer.strategy=deepspeed", "trainer.zero_stage=3"]
     with pytest.raises(ConfigError, match=r"optim\.ema_decay=0\.9: must be null with ZeRO stage 3"):
