@@ -5,6 +5,7 @@ Shapes: B images, H/W pixels, h/w patches, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -87,12 +88,14 @@ class StepOutput(TypedDict):
 
 class ModelOutput(NamedTuple):
     """`values` (B, H, W) >= 0 in the model's kind; `features` (B, C, h, w), the normalised tokens of the last block;
-    `domain_logits` (B, domains) of a model that chooses between heads.
+    `domain_logits` (B, domains) of a model that chooses between heads; `disparities` (B, H / 2^s, W / 2^s), finest
+    first, of one that predicts inverse depth up to scale at several scales.
     """
 
     values: Tensor
     features: Tensor
     domain_logits: Tensor | None = None
+    disparities: Sequence[Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

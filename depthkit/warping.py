@@ -96,13 +96,11 @@ def sample_bilinear(image: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]
     values are those of the nearest border.
     """
     height, width = image.shape[-2:]
-    size = coordinates.new_tensor([width, height])
+    axes = [*zip(coordinates.unbind(-1), (width, height), strict=True)]
     # Moved to the border first: a coordinate of 1e10 would overflow in the sampler.
-    inside = torch.minimum(coordinates.clamp(min=0.5), size - 0.5)
-    values = functional.grid_sample(
-        image.float(), inside / size * 2 - 1, mode="bilinear", padding_mode="border", align_corners=False
-    )
-    valid_mask = ((coordinates >= 0.5) & (coordinates <= size - 0.5)).all(-1)
+    inside = torch.stack([position.clamp(0.5, side - 0.5) / side * 2 - 1 for position, side in axes], -1)
+    values = functional.grid_sample(image.float(), inside, mode="bilinear", padding_mode="border", align_corners=False)
+    valid_mask = torch.stack([(position >= 0.5) & (position <= side - 0.5) for position, side in axes]).all(0)
     return values, valid_mask
 
 

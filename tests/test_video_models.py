@@ -43,13 +43,13 @@ def test_dispnet_has_the_published_layers(published):
 
 
 def test_dispnet_at_the_published_size(published):
-    sizes = [tuple(d.shape) for d in published.disparities(torch.empty(2, 3, 128, 416, device="meta"))]
+    sizes = [tuple(d.shape) for d in published(torch.empty(2, 3, 128, 416, device="meta")).disparities]
     assert sizes == [(2, 128, 416), (2, 64, 208), (2, 32, 104), (2, 16, 52)]
 
 
 @pytest.mark.parametrize("size", [(64, 96), (40, 56), (128, 136)])
 def test_dispnet_takes_sizes_that_do_not_halve_evenly(small, size):
-    disparities = small.disparities(torch.rand(2, 3, *size))
+    disparities = small(torch.rand(2, 3, *size)).disparities
     assert [tuple(d.shape[1:]) for d in disparities] == [(size[0] >> s, size[1] >> s) for s in range(4)]
 
 
@@ -57,7 +57,7 @@ def test_dispnet_gives_the_inverse_of_its_finest_disparity(small):
     small.eval()
     image = torch.rand(2, 3, 64, 96) * 4 - 2
     output = small(image)
-    torch.testing.assert_close(output.values, 1 / small.disparities(image)[0])
+    torch.testing.assert_close(output.values, 1 / output.disparities[0])
     assert output.values.min() >= 0.0999
     assert output.values.max() <= 100
     assert output.features.shape[2:] == (1, 1)
@@ -71,7 +71,7 @@ def test_dispnet_is_depth_without_a_unit():
 
 
 def test_all_of_dispnet_learns(small):
-    sum(d.sum() for d in small.disparities(torch.rand(2, 3, 64, 96))).backward()
+    sum(d.sum() for d in small(torch.rand(2, 3, 64, 96)).disparities).backward()
     assert all(parameter.grad is not None for parameter in small.parameters())
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from depthkit import losses_video
 from depthkit.bundle import BundleError
@@ -18,6 +19,7 @@ from depthkit.icp import icp_loss
 from depthkit.models import build_model
 from depthkit.models.egomotion import EgomotionNet
 from depthkit.stages.video import Pairs, VideoModule, disparity_pyramid, spread, trajectory, unnormalized
+from depthkit.types import ModelOutput
 from depthkit.warping import back_project, pose_matrix, pose_vector, scaled_intrinsics, warp
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")
@@ -55,7 +57,7 @@ def test_the_losses_are_the_sums_of_vid2depth():
     found = parts(video.training_step({"unlabeled": batch}, 0))  # type: ignore[dict-item]
     video.zero_grad()
     images, motions = unnormalized(batch["image"]), video.egomotion(batch["image"])
-    pyramid = video.model.disparities(batch["image"].flatten(0, 1))
+    pyramid = video.model(batch["image"].flatten(0, 1)).disparities
     expected = dict.fromkeys(found, torch.zeros(2, dtype=torch.float64))
     for scale, disparities in enumerate(pyramid):
         disparities = disparities.view(2, 3, *disparities.shape[1:])
@@ -85,7 +87,7 @@ def test_minimum_reprojection_takes_the_better_neighbour():
     video, batch = module(minimum_reprojection=True, auto_mask=True, num_scales=1, icp_weight=0.0), clip_batch()
     found = parts(video.training_step({"unlabeled": batch}, 0))["photometric"]  # type: ignore[dict-item]
     images, motions = unnormalized(batch["image"]), video.egomotion(batch["image"])
-    depth = 1 / video.model.disparities(batch["image"].flatten(0, 1))[0].view(2, 3, 32, 48)
+    depth = 1 / video.model(batch["image"].flatten(0, 1)).disparities[0].view(2, 3, 32, 48)
     neighbours = {0: {1: motions[:, 0]}, 1: {2: motions[:, 1], 0: -motions[:, 0]}, 2: {1: -motions[:, 1]}}
     expected = torch.zeros(2)
     for target, sources in neighbours.items():
@@ -102,10 +104,11 @@ def test_minimum_reprojection_takes_the_better_neighbour():
 
 def test_normalised_disparity_does_not_see_the_unit():
     video, batch = module(normalize_disparity=True, icp_weight=0.0), clip_batch()
-    pyramid = video.model.disparities(batch["image"].flatten(0, 1))
+    pyramid = video.model(batch["image"].flatten(0, 1)).disparities
     found = []
     for factor in (1.0, 3.0):
-        video.model.disparities = lambda image, factor=factor: [factor * d.detach() for d in pyramid]  # type: ignore[method-assign,assignment,misc]
+        scaled = ModelOutput(values=pyramid[0], features=pyramid[0], disparities=[factor * d.detach() for d in pyramid])
+        video.model.forward = lambda image, scaled=scaled: scaled  # type: ignore[method-assign,assignment,misc]
         found.append(parts(video.training_step({"unlabeled": batch}, 0)))  # type: ignore[dict-item]
     for name in ("photometric", "smoothness"):
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
@@ -121,6 +124,39 @@ def test_both_networks_learn_from_a_step(settings):
         gradients = [parameter.grad for parameter in network.parameters()]
         assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
         assert sum(float(gradient.abs().sum()) for gradient in gradients if gradient is not None) > 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"minimum_reprojection": True, "auto_mask": True, "normalize_disparity": True}]
+)
+def test_a_step_brings_nothing_to_the_device(settings):
+    """Each list of numbers that becomes a tensor there, and each value that is read, would wait for it."""
+    video, batch, found = module(icp_weight=0.0, **settings), clip_batch(), []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            index = args[1] if name == "__getitem__" else ()
+            has_list = any(isinstance(part, list) for part in (index if isinstance(index, tuple) else (index,)))
+            if has_list or name in ("tensor", "new_tensor", "as_tensor", "item", "tolist", "cpu", "__bool__"):
+                found.append(name)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        video.training_step({"unlabeled": batch}, 0)  # type: ignore[dict-item]
+    assert found == []
+
+
+def test_networks_are_compiled_and_exact(monkeypatch):
+    """The depth network is called as a whole, which is what `trainer.compile` compiles; under autocast what it and the
+    ego-motion network say is not rounded to 8 bits."""
+    video, batch, seen = module(icp_weight=0.0), clip_batch(), []
+    monkeypatch.setattr(video.model, "_compiled_call_impl", lambda image: seen.append(1) or video.model.forward(image))
+    video.training_step({"unlabeled": batch}, 0)  # type: ignore[dict-item]
+    assert seen == [1]
+    with torch.autocast("cpu", torch.bfloat16):
+        disparities = video.model(batch["image"][:, 0]).disparities
+        assert {values.dtype for values in (*disparities, video.egomotion(batch["image"]))} == {torch.float32}
 
 
 def test_any_model_of_disparity_has_a_pyramid(compose):

@@ -100,12 +100,13 @@ class DispNetDecoder(nn.Module):
                 beside.append(functional.interpolate(disparities[-1], values.shape[-2:], mode="bilinear"))
             values = self.merges[level](cat([values, *beside], 1))
             if level < NUM_SCALES:
-                disparities.append(LARGEST_DISPARITY * self.heads[level](values).sigmoid() + SMALLEST_DISPARITY)
+                disparity = self.heads[level](values).float().sigmoid()
+                disparities.append(LARGEST_DISPARITY * disparity + SMALLEST_DISPARITY)
         return [disparity.squeeze(1) for disparity in reversed(disparities)]
 
 
 class DispNet(DepthModel):
-    """Depth up to scale, `1 / disparity`, between 0.1 and 100 units; `disparities` gives all four scales.
+    """Depth up to scale, `1 / disparity`, between 0.1 and 100 units; `disparities` at all four scales, in float32.
 
     Source: SfMLearner, vid2depth `nets.py`. Evaluation takes the means of batch norm that training kept; the published
     models were tested with those of the test batch.
@@ -117,9 +118,5 @@ class DispNet(DepthModel):
 
     def forward(self, image: Tensor) -> ModelOutput:
         maps, features = self.encoder(image)
-        return ModelOutput(values=self.decoder(maps)[0].reciprocal(), features=features)
-
-    def disparities(self, image: Tensor) -> list[Tensor]:
-        """(B, H / 2^s, W / 2^s), s = 0 to 3."""
-        disparities: list[Tensor] = self.decoder(self.encoder(image)[0])
-        return disparities
+        disparities = self.decoder(maps)
+        return ModelOutput(values=disparities[0].reciprocal(), features=features, disparities=disparities)

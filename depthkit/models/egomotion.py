@@ -16,8 +16,9 @@ class EgomotionNet(nn.Module):
     """A clip (B, T, 3, H, W) to the motions of its camera, (B, T - 1, 6).
 
     Number i takes points from frame i's camera to frame i + 1's: translation in the unit of the depth network, then
-    angles in radians (`warping.pose_matrix`). Convolutions of stride 2 with batch norm, 1x1, mean over space, times
-    0.01. Source: SfMLearner, vid2depth `nets.py`; there, too, the motion backwards in time is the negated vector.
+    angles in radians (`warping.pose_matrix`), in float32. Convolutions of stride 2 with batch norm, 1x1, mean over
+    space, times 0.01. Source: SfMLearner, vid2depth `nets.py`; there, too, the motion backwards in time is the negated
+    vector.
     """
 
     def __init__(self, config: EgomotionConfig, num_frames: int) -> None:
@@ -35,7 +36,7 @@ class EgomotionNet(nn.Module):
         if clip.shape[1] != self.num_frames:
             raise ValueError(f"a clip of {clip.shape[1]} frames; this ego-motion network is for {self.num_frames}")
         seen = clip.flatten(1, 2) if self.matching is None else self.matching(clip)
-        motions: Tensor = OUTPUT_SCALE * self.net(seen).mean((2, 3))
+        motions: Tensor = OUTPUT_SCALE * self.net(seen).float().mean((2, 3))
         return motions.view(len(clip), self.num_frames - 1, 6)
 
 

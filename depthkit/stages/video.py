@@ -23,7 +23,6 @@ from depthkit.losses_video import (
 )
 from depthkit.metrics_video import ate
 from depthkit.models import DepthModel
-from depthkit.models.dispnet import DispNet
 from depthkit.models.egomotion import EgomotionNet
 from depthkit.optim import build_optimizer, build_schedule, parameter_groups
 from depthkit.stages.base import DepthModule
@@ -174,10 +173,11 @@ class Pairs:
 
     def targets(self, values: Tensor) -> Tensor:
         """(B, T, ...) to (B * P, ...)."""
-        return values[:, self.target].flatten(0, 1)
+        # Slices, because a list of numbers would have to reach the device in every step.
+        return torch.cat([values[:, :-1], values[:, 1:]], 1).flatten(0, 1)
 
     def sources(self, values: Tensor) -> Tensor:
-        return values[:, self.source].flatten(0, 1)
+        return torch.cat([values[:, 1:], values[:, :-1]], 1).flatten(0, 1)
 
     def repeat(self, values: Tensor) -> Tensor:
         """(B, ...) to (B * P, ...)."""
@@ -193,18 +193,17 @@ def minimum_over_neighbours(errors: Tensor, valid_masks: Tensor, static_errors: 
     losses = []
     for frame in sorted(set(pairs.target)):
         own = [number for number, target in enumerate(pairs.target) if target == frame]
-        static = None if static_errors is None else static_errors[:, own].transpose(0, 1)
-        losses.append(
-            minimum_reprojection_loss(errors[:, own].transpose(0, 1), valid_masks[:, own].transpose(0, 1), static)
-        )
+        maps = (errors, valid_masks) if static_errors is None else (errors, valid_masks, static_errors)
+        losses.append(minimum_reprojection_loss(*(torch.stack([each[:, number] for number in own]) for each in maps)))
     return torch.stack(losses).sum(0)
 
 
 def disparity_pyramid(model: DepthModel, image: Tensor, kind: Kind, num_scales: int) -> Sequence[Tensor]:
     """Inverse depth up to scale at sizes (H / 2^s, W / 2^s): the model's own, or its one map averaged."""
-    if isinstance(model, DispNet):
-        return model.disparities(image)[:num_scales]
-    values = model(image).values.float()
+    output = model(image)
+    if output.disparities is not None:
+        return output.disparities[:num_scales]
+    values = output.values.float()
     finest = values + SMALLEST_DISPARITY if kind == "disparity" else values.clamp(min=SMALLEST_DISPARITY).reciprocal()
     return [functional.avg_pool2d(finest[:, None], 2**scale).squeeze(1) for scale in range(num_scales)]
 
@@ -216,8 +215,8 @@ def by_frame(values: Tensor, num_frames: int) -> Tensor:
 
 def unnormalized(image: Tensor) -> Tensor:
     """The image (..., 3, H, W) in 0..1 again, in which the constants of SSIM are."""
-    mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return image.float() * std + mean
+    channels = zip(image.float().unbind(-3), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    return torch.stack([channel * std + mean for channel, mean, std in channels], -3)
 
 
 def spread(count: int, limit: int | None, device: torch.device) -> Tensor:
