@@ -76,7 +76,7 @@ class MetricConfig(SupervisedConfig):
     variance_focus: float = 0.5  # of the loss: 1 does not see a wrong scale, 0 counts it fully
     sample_variance: bool = False  # the loss divides its variance by n - 1, as ZoeDepth, instead of n
     loss_scale: float = 1.0  # factor on the loss, which gradient clipping does see
-    pooled: bool = False  # one loss over the pixels of all images of a rank, as published (ZoeDepth, V2); else one of each
+    pooled: bool = False  # one loss over the pixels of all images of a rank (as ZoeDepth and V2), not one for each
     domains: dict[str, str] = field(default_factory=dict)  # name in data.labeled -> model.heads; {}: that of its name
     domain_weight: float = 100.0  # of the cross entropy of the router, for a model with heads
     canonical_focal_px: float | None = None  # learn depth * this / focal length in pixels of the crop; null: depth
