@@ -49,13 +49,15 @@ def peak_flops(config: TrainConfig) -> float | None:
 
 def batch_flops(config: TrainConfig, module: nn.Module) -> float:
     """FLOPs of one batch over all ranks: forward and backward are three forward passes of what is trained, and one of
-    the frozen encoder. What activation checkpointing does again is not counted."""
+    the frozen encoder; of a clip each frame. What activation checkpointing does again is not counted, nor is the
+    ego-motion network."""
     from depthkit.flops import forward_flops
 
     size = (config.data.crop_size[0], config.data.crop_size[1])
     images = config.data.images_per_step()
     trained: nn.Module = getattr(module, "model", None) or module.get_submodule("encoder")
-    flops = 3 * sum(images.values()) * forward_flops(trained, size)
+    frames = images | {"unlabeled": images["unlabeled"] * (config.data.clip_frames or 1)}
+    flops = 3 * sum(frames.values()) * forward_flops(trained, size)
     frozen = getattr(module, "frozen_encoder", None)
     return flops if frozen is None else flops + images["unlabeled"] * forward_flops(frozen, size)
 

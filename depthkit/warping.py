@@ -88,19 +88,24 @@ def project(points: Tensor, intrinsics_px: Tensor) -> Tensor:
 
 FAR_OUTSIDE_PX = -1e4
 
+ROUNDING_PX = 1e-2
+"""How far the way out to a point and back may miss a pixel's centre in float32: without it a camera that stands still
+would not see all of its own border."""
+
 
 def sample_bilinear(image: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """`image` (B, C, H, W) at pixel coordinates (B, h, w, 2): values (B, C, h, w) and the principled mask (B, h, w).
 
-    The mask is True where all four pixels that are blended lie inside the image (vid2depth section 3.2); outside, the
-    values are those of the nearest border.
+    The mask is True where all four pixels that are blended lie inside the image (vid2depth section 3.2), up to
+    `ROUNDING_PX`; outside, the values are those of the nearest border.
     """
     height, width = image.shape[-2:]
     axes = [*zip(coordinates.unbind(-1), (width, height), strict=True)]
     # Moved to the border first: a coordinate of 1e10 would overflow in the sampler.
     inside = torch.stack([position.clamp(0.5, side - 0.5) / side * 2 - 1 for position, side in axes], -1)
     values = functional.grid_sample(image.float(), inside, mode="bilinear", padding_mode="border", align_corners=False)
-    valid_mask = torch.stack([(position >= 0.5) & (position <= side - 0.5) for position, side in axes]).all(0)
+    low = 0.5 - ROUNDING_PX
+    valid_mask = torch.stack([(position >= low) & (position <= side - low) for position, side in axes]).all(0)
     return values, valid_mask
 
 

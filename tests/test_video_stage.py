@@ -18,6 +18,7 @@ from depthkit.evaluation.settings import Alignment, ProtocolConfig
 from depthkit.icp import icp_loss
 from depthkit.models import build_model
 from depthkit.models.egomotion import EgomotionNet
+from depthkit.reporting import batch_flops
 from depthkit.stages.video import Pairs, VideoModule, disparity_pyramid, spread, trajectory, unnormalized
 from depthkit.types import ModelOutput
 from depthkit.warping import back_project, pose_matrix, pose_vector, scaled_intrinsics, warp
@@ -167,6 +168,13 @@ def test_any_model_of_disparity_has_a_pyramid(compose):
     assert [tuple(d.shape) for d in pyramid] == [(2, 32, 40), (2, 16, 20), (2, 8, 10)]
     assert all((d.detach() >= 0.0099).all() for d in pyramid)
     torch.testing.assert_close(pyramid[1].mean(), pyramid[0].mean())
+
+
+def test_every_frame_of_a_clip_is_counted_as_work(compose):
+    config = compose("experiment=tiny_vid2depth")
+    clips = batch_flops(config, module())
+    config.data.clip_frames = None
+    assert clips == 3 * batch_flops(config, module())
 
 
 def test_pairs_are_all_ordered_neighbours():

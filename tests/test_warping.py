@@ -77,14 +77,13 @@ def test_what_is_behind_the_camera_is_not_seen():
     assert (points.grad == 0).all()
 
 
-@pytest.mark.parametrize("size", [(4, 6), (16, 40), (33, 17)])
+@pytest.mark.parametrize("size", [(4, 6), (33, 17), (128, 416)])
 def test_no_motion_gives_the_image_itself(size):
     image = torch.rand(2, 3, *size)
     motion = torch.eye(4).expand(2, 4, 4)
-    warped, valid = warping.warp(image, torch.rand(2, *size) + 0.3, motion, INTRINSICS.expand(2, 4))
+    warped, valid = warping.warp(image, 30 * torch.rand(2, *size) + 0.3, motion, INTRINSICS.expand(2, 4))
     torch.testing.assert_close(warped, image, atol=1e-4, rtol=0)
-    # All but rounding at the border pixels' own centres.
-    assert valid[:, 1:-1, 1:-1].all()
+    assert valid.all()  # rounding at the border pixels' own centres takes none
 
 
 def test_bilinear_values_by_hand():
