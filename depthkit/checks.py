@@ -226,11 +226,13 @@ def check_model(config: TrainConfig) -> None:
     from depthkit.models import PlainEncoder
 
     kind = config.stage.target_kind or "disparity"
-    cure = "metres, the largest depth that it predicts" if kind == "depth" else "null"
+    largest = "metres, the largest depth that it predicts" if kind == "depth" else "null"
+    other = "choose another model, such as model=vits"
+    cure = f"max_depth must be {largest}, or {other}" if type(config.model) is DPTConfig else other
     if config.model.kind != kind and not config.stage.reads_clips:
         raise ConfigError(
             f"model.max_depth={config.model.max_depth}: {config.model.title} predicts {config.model.kind}, and "
-            f"stage={config.stage.name} learns {kind}; max_depth must be {cure}, or choose another model"
+            f"stage={config.stage.name} learns {kind}; {cure}"
         )
     if config.stage.encoder_weights == "timm":
         is_of_timm = isinstance(config.model, DPTConfig)

@@ -101,6 +101,14 @@ def test_what_cannot_work_is_refused_while_composing(compose, tmp_path, override
         validate(compose(*TINY, f"paths.data={tmp_path}", override))
 
 
+def test_a_model_that_knows_depth_alone_is_to_be_exchanged(compose):
+    """Its max_depth, which is null, is not what could be changed."""
+    from depthkit.checks import validate
+
+    with pytest.raises(ConfigError, match=r"dispnet predicts depth, and stage=teacher learns disparity; choose"):
+        validate(compose("experiment=tiny_teacher", "model=dispnet"))
+
+
 @pytest.mark.slow
 def test_a_short_tiny_run_learns_and_hands_over_both_networks(compose, tmp_path):
     import csv
