@@ -25,10 +25,16 @@ def gradient_rows(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 def mixing_weights(rows: Tensor) -> Tensor:
     """`min_norm_weights` of n gradients (n, P), in float32 whatever autocast says: half precision does not see
-    where similar gradients differ."""
+    where similar gradients differ.
+
+    A task whose gradient is 0, such as a data set without a valid pixel in this batch, has no say: otherwise it would
+    take all the weight, and the step would teach nothing.
+    """
     with torch.autocast(rows.device.type, enabled=False):
         rows = rows.float()
-        return min_norm_weights(rows @ rows.T)
+        gram = rows @ rows.T
+        squares = gram.diagonal()
+        return min_norm_weights(gram + torch.diag(torch.where(squares > 0, 0.0, 1e6 * squares.amax())))
 
 
 def min_norm_weights(gram: Tensor) -> Tensor:

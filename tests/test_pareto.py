@@ -84,6 +84,20 @@ def test_half_precision_around_it_does_not_reach_the_weights(num_tasks: int):
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("silent", [0, 1, 2])
+def test_a_task_without_a_gradient_has_no_say(silent: int):
+    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    expected = torch.tensor([0.8, 0.2])
+    where = [task for task in range(3) if task != silent]
+    with_silent = torch.zeros(3, 2)
+    with_silent[where] = rows
+    found = mixing_weights(with_silent)
+    assert found[silent] < 1e-4
+    torch.testing.assert_close(found[where], expected, atol=2e-2, rtol=0)
+    torch.testing.assert_close(mixing_weights(torch.zeros(2, 4)), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(mixing_weights(torch.stack([rows[0], 0 * rows[0]])), torch.tensor([1.0, 0.0]))
+
+
 def test_rows_are_the_gradients_of_each_loss():
     a, b = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor(3.0, requires_grad=True)
     losses = torch.stack([(a * a).sum(), a[0] * b, torch.zeros(()) * b])

@@ -72,7 +72,8 @@ class MetricModule(DepthModule):
     def domain_loss(self, logits: Tensor, datasets: list[str]) -> Tensor:
         """Cross entropy (B,) of the router with the heads of the images' data sets."""
         numbers = [self.heads.index(self.stage.domains.get(name, name)) for name in datasets]
-        return F.cross_entropy(logits, torch.tensor(numbers, device=logits.device), reduction="none")
+        heads = torch.tensor(numbers).to(logits.device, non_blocking=True)  # made there, it would wait for the device
+        return F.cross_entropy(logits, heads, reduction="none")
 
 
 def depth_loss(stage: MetricConfig) -> MapLoss:
