@@ -49,7 +49,7 @@ def peak_flops(config: TrainConfig) -> float | None:
 
 def batch_flops(config: TrainConfig, module: nn.Module) -> float:
     """FLOPs of one batch over all ranks: forward and backward are three forward passes of what is trained, and one of
-    the frozen encoder; of a clip each frame. What activation checkpointing does again is not counted, nor is the
+    an encoder that is frozen; of a clip each frame. What activation checkpointing does again is not counted, nor is the
     ego-motion network."""
     from depthkit.flops import forward_flops
 
@@ -58,6 +58,9 @@ def batch_flops(config: TrainConfig, module: nn.Module) -> float:
     trained: nn.Module = getattr(module, "model", None) or module.get_submodule("encoder")
     frames = images | {"unlabeled": images["unlabeled"] * (config.data.clip_frames or 1)}
     flops = 3 * sum(frames.values()) * forward_flops(trained, size)
+    encoder: nn.Module | None = getattr(trained, "encoder", None)
+    if encoder is not None and not any(parameter.requires_grad for parameter in encoder.parameters()):
+        flops -= 2 * sum(frames.values()) * forward_flops(encoder, size)
     frozen = getattr(module, "frozen_encoder", None)
     return flops if frozen is None else flops + images["unlabeled"] * forward_flops(frozen, size)
 

@@ -6,11 +6,13 @@ import torch
 from depthkit.bundle import load_model, read_facts
 from depthkit.checks import validate
 from depthkit.config import ConfigError, TransferMode
+from depthkit.flops import forward_flops
 from depthkit.from_checkpoint import load_checkpoint
 from depthkit.models.dpt import DPTDecoder
 from depthkit.models.linear import LinearDecoder
+from depthkit.reporting import batch_flops
 from depthkit.settings.transfer import read_transfer
-from depthkit.train import run
+from depthkit.train import build_module, run
 
 MODES = {
     "frozen": ["transfer=frozen"],
@@ -76,6 +78,14 @@ def test_lora_goes_on_where_it_was_stopped(config, tmp_path):
     whole, cut = (load_model(tmp_path / name / "bundle")[0].state_dict() for name in ("whole", "cut"))
     for name, tensor in whole.items():
         assert torch.equal(tensor, cut[name]), name
+
+
+def test_a_frozen_encoder_is_no_work_in_the_backward_pass(config):
+    full, frozen = (config(f"transfer={mode}") for mode in ("full", "frozen"))
+    module = build_module(frozen)
+    encoder = full.data.batch_size * forward_flops(module.model.encoder, tuple(full.data.crop_size))
+    assert batch_flops(frozen, module) == pytest.approx(batch_flops(full, build_module(full)) - 2 * encoder)
+    assert encoder > 0
 
 
 def test_a_student_may_be_frozen_too(config, tmp_path):
