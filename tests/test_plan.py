@@ -192,7 +192,8 @@ def saved_bytes(config, images):
     batch = random_batch(config, images, torch.device("cpu"))
     weights = [*module.parameters(), *frozen_encoder(module).parameters()]
     given = {tensor.untyped_storage().data_ptr() for tensor in weights}
-    given |= {tensor.untyped_storage().data_ptr() for part in batch.values() for tensor in part.values()}
+    tensors = [value for part in batch.values() for value in part.values() if isinstance(value, torch.Tensor)]
+    given |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
     kept = {}
 
     def keep(tensor):
