@@ -16,11 +16,11 @@ NUM_ITERATIONS = 250
 
 def gradient_rows(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The gradients of n `losses` (n,) with respect to P numbers in `parameters`, (n, P); the graph is kept."""
-    rows = []
-    for loss in losses:
+    rows = losses.new_empty(len(losses), sum(parameter.numel() for parameter in parameters), dtype=torch.float32)
+    for row, loss in zip(rows, losses, strict=True):
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    return torch.stack(rows)
+        torch.cat([gradient.flatten() for gradient in gradients], out=row)  # in place: rows are n times the model
+    return rows
 
 
 def mixing_weights(rows: Tensor) -> Tensor:

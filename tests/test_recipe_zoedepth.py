@@ -45,6 +45,7 @@ def test_settings_are_the_published_ones(compose: Any, name: str) -> None:
     assert stage.domain_weight == 100.0
     assert (config.sweeps, config.data.batch_size, config.trainer.accumulate_grad_batches) == (5, 16, 1)
     assert (config.trainer.gradient_clip_val, config.trainer.precision) == (0.1, "32-true")
+    assert 1400 < (config.trainer.val_check_interval or 0) < 1600  # the best checkpoint is looked for once an epoch
     assert (config.data.augment.horizontal_flip, camera.rotation, camera.color, camera.zoom) == (0.5, 1.0, 0.5, [1, 1])
     assert camera.gamma == camera.channel_gain == [0.9, 1.1]
     assert camera.brightness == BRIGHTNESS[name.rpartition("_")[2]]
