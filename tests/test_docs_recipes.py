@@ -12,6 +12,8 @@ import pytest
 from test_docs_walked import depthkit, folder, shrunk  # noqa: F401 - folder is a fixture
 from test_readme import ROOT, commands
 
+from depthkit.train import run
+
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
 SHOWN = commands(PAGE)
 FEW = ["trainer.max_steps=3", "data.num_workers=0", "trainer.enable_progress_bar=false"]
@@ -43,14 +45,21 @@ def test_the_page_shows_every_recipe_and_its_twin():
 
 
 @pytest.mark.slow
-def test_the_tiny_recipes_run_in_the_order_of_the_page(compose: Any, folder: Path, samples_dir: Path) -> None:  # noqa: F811
+def test_the_tiny_recipes_run_in_the_order_of_the_page(
+    compose: Any,
+    folder: Path,  # noqa: F811
+    samples_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In one process: a command of its own for each would wait for torch longer than it trains."""
     depthkit(folder, *shrunk(["train", "experiment=tiny_student"]))
     pack = next(argv for argv in SHOWN if argv[0] == "pack")
     depthkit(folder, *(word.replace("SAMPLES", str(samples_dir)) for word in pack), "--workers", "1")
     walked = [argv for argv in SHOWN if is_tiny(argv) and argv[0] == "train"]
     assert len(walked) > 10
+    monkeypatch.chdir(folder)
     for argv in walked:
         config = compose(*argv[1:])
         warmup = ["optim.warmup_steps=0"] if config.optim.warmup_steps else []
-        depthkit(folder, *argv, *FEW, *warmup, *small_worlds(config))
+        run(compose(*argv[1:], *FEW, *warmup, *small_worlds(config)))
         assert (folder / config.run_dir / "bundle" / "model.json").is_file(), shlex.join(argv)

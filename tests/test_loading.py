@@ -111,7 +111,8 @@ def test_public_entry_carries_kind_unit_and_hash(folder):
     assert (prediction.kind, prediction.unit) == ("disparity", "relative, larger = nearer")
     assert (loaded.kind, loaded.unit) == ("disparity", "relative, larger = nearer")
     assert loaded.sha256 == sha256(folder / WEIGHTS)
-    change(folder, kind="depth")
+    model = json.loads((folder / FACTS).read_text())["model"]
+    change(folder, kind="depth", model=model | {"max_depth": 80.0})
     assert depthkit.load(str(folder), device="cpu").predict(np.zeros((8, 8, 3), np.uint8)).unit == "metres, planar z"
 
 

@@ -26,6 +26,9 @@ class Stub:
     sha256, name, multiple, facts = "cd" * 32, "stub", 8, SimpleNamespace(short_side=16)
     kind, unit = "disparity", "relative, larger = nearer"
 
+    def focal_lengths(self, focal_px: float | None, num_images: int) -> list[float | None]:
+        return [focal_px] * num_images
+
     def predict(self, images: list[np.ndarray], **options: object) -> list[Prediction]:
         return [Prediction(values=depth_of(image), kind="disparity", unit=self.unit) for image in images]
 

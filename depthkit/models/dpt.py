@@ -65,23 +65,27 @@ class DPTDecoder(nn.Module):
             nn.init.ones_(self.head_out[2].bias)  # type: ignore[arg-type]
 
     def forward(self, taps: list[Tensor]) -> Tensor:
-        return self.maps(taps).values
+        return self.maps(taps, keep_fused=False).values
 
-    def maps(self, taps: list[Tensor]) -> DPTMaps:
-        """What `forward` gives, and what it computes on the way."""
+    def maps(self, taps: list[Tensor], *, keep_fused: bool = True) -> DPTMaps:
+        """What `forward` gives, and what it computes on the way; `fused` is empty where it is not kept, which spares
+        the memory of maps that no gradient needs."""
         h, w = taps[2].shape[-2:]
         levels = zip(taps, self.projects, self.resizes, self.to_features, strict=True)
         maps = [to_features(resize(project(tap))) for tap, project, resize, to_features in levels]
-        fused = [self.fusions[3](maps[3], None, maps[2].shape[-2:])]
-        fused.append(self.fusions[2](fused[-1], maps[2], maps[1].shape[-2:]))
-        fused.append(self.fusions[1](fused[-1], maps[1], maps[0].shape[-2:]))
-        fused.append(self.fusions[0](fused[-1], maps[0], (2 * maps[0].shape[-2], 2 * maps[0].shape[-1])))
+        fused, kept = maps[3], []
+        finest = (2 * maps[0].shape[-2], 2 * maps[0].shape[-1])
+        sizes = (maps[2].shape[-2:], maps[1].shape[-2:], maps[0].shape[-2:], finest)
+        for level, size in zip((3, 2, 1, 0), sizes, strict=True):
+            fused = self.fusions[level](fused, maps[level] if level < 3 else None, size)
+            if keep_fused:
+                kept.append(fused)
         size = (h * self.stride, w * self.stride)
-        activation = F.interpolate(self.head_in(fused[-1]), size, mode="bilinear", align_corners=True)
+        activation = F.interpolate(self.head_in(fused), size, mode="bilinear", align_corners=True)
         activation = self.head_out[:2](activation)
         values = self.head_out[2:](activation).squeeze(1)
         values = values if self.max_depth is None else self.max_depth * values
-        return DPTMaps(values=values, activation=activation, bottleneck=maps[3], fused=fused)
+        return DPTMaps(values=values, activation=activation, bottleneck=maps[3], fused=kept)
 
 
 RESIZES: dict[float, Callable[[int], nn.Module]] = {

@@ -102,7 +102,7 @@ def as_csv(sweep: Sweep) -> str:
     return text.getvalue()
 
 
-GROUPS = ("model", "data", "optim", "trainer", "protocol", "logger", "callbacks", "paths")
+GROUPS = ("data", "optim", "trainer", "protocol", "logger", "callbacks", "paths")
 
 
 def as_experiment(sweep: Sweep, trial: Trial, out: Path) -> str:
@@ -112,7 +112,8 @@ def as_experiment(sweep: Sweep, trial: Trial, out: Path) -> str:
     settings.run_name = f"{sweep.folder.name}_best"
     settings.pop("run_dir")  # as in conf/train.yaml: from run_name
     settings.callbacks.pop("pruning", None)
-    groups = "\n".join(f"  - override /{group}: null" for group in GROUPS)
+    model = f"  - override /model: base_{settings.model.architecture}\n"  # the schema of its settings
+    groups = model + "\n".join(f"  - override /{group}: null" for group in GROUPS)
     chosen = "\n".join(f"#   {key} = {value}" for key, value in trial.params.items())
     return (
         f"# @package _global_\n# The best of {len(sweep.trials)} trials in {sweep.folder}: trial {trial.number}, "
