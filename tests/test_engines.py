@@ -206,9 +206,7 @@ def test_activation_checkpointing_runs_blocks_twice_for_the_same_gradients(teach
 def test_activation_checkpointing_needs_an_encoder_that_can(tiny_config, tmp_path):
     config = tiny_config("teacher", tmp_path, "trainer.activation_checkpointing=true")
     config.model = replace(config.model, encoder="vgg11", conv_stem=False, encoder_args={}, tap_layers=[1, 2, 3, 4])
-    with pytest.raises(
-        ConfigError, match=r"checkpointing=True and model vgg11: no part .* can be run again"
-    ):
+    with pytest.raises(ConfigError, match=r"checkpointing=True and model vgg11: no part .* can be run again"):
         check_model(config)
 
 
