@@ -64,6 +64,19 @@ def build_trainer(config: TrainConfig, callbacks: Sequence[L.Callback]) -> L.Tra
     )
 
 
+def bare_trainer(trainer: TrainerConfig, accelerator: str) -> L.Trainer:
+    """A Trainer that runs nothing and writes nowhere: the device and the autocast of single steps outside of a run."""
+    return L.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        precision=trainer.precision,  # type: ignore[arg-type]
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
 def prepare_model(module: L.LightningModule, trainer: TrainerConfig) -> None:
     """Recomputation, memory format and compilation as asked for. Names and values of the weights stay what they are."""
     model = module.model if isinstance(module, DepthModule) else None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from depthkit.compose import SCHEMAS
 from depthkit.config import ConfigError, TrainConfig
+from depthkit.engine import bare_trainer
 from depthkit.evaluation.report_pictures import encode
 from depthkit.files import atomic_write
 from depthkit.runtime.bad_steps import Step
@@ -70,15 +71,7 @@ def compute(
     config: TrainConfig, module: L.LightningModule, step: int, accelerator: str, out: Path | None
 ) -> tuple[float, float]:
     """Forward and backward of the batches that each rank had, one after the other; mean loss, norm of the gradient."""
-    trainer = L.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        precision=config.trainer.precision,  # type: ignore[arg-type]
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = bare_trainer(config.trainer, accelerator)
     module.to(trainer.strategy.root_device).train()
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     world_size, accumulated = config.trainer.devices * config.trainer.num_nodes, config.trainer.accumulate_grad_batches

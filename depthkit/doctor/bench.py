@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from depthkit.checks import num_steps
 from depthkit.config import TrainConfig
-from depthkit.engine import prepare_model
+from depthkit.engine import bare_trainer, prepare_model
 from depthkit.runtime.seeding import SeedBatches
 from depthkit.train import build_data, build_module
 from depthkit.types import Batch
@@ -36,15 +36,7 @@ class Bench:
         self.world_size = config.trainer.devices * config.trainer.num_nodes
         self.data = build_data(config)
         self.data.prepare_data()
-        trainer = L.Trainer(
-            accelerator=config.trainer.accelerator,
-            devices=1,
-            precision=config.trainer.precision,  # type: ignore[arg-type]
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = bare_trainer(config.trainer, config.trainer.accelerator)
         self.context = trainer.precision_plugin.train_step_context
         self.module = build_module(config)
         prepare_model(self.module, config.trainer)
