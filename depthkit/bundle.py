@@ -8,13 +8,15 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -56,6 +58,10 @@ class BundleFacts:
         check(self.kind in tuple(UNITS), "kind", self.kind, "one of " + ", ".join(UNITS))
         focal = self.canonical_focal_px
         check(focal is None or focal > 0, "canonical_focal_px", focal, "> 0 (pixels), or null")
+
+
+ReadWeights = Callable[[Path, BundleFacts], dict[str, Tensor]]
+"""`read_weights`, or `read_shapes` for a model without memory."""
 
 
 def save_bundle(folder: Path, module: DepthModel | Encoder, facts: BundleFacts) -> Path:
@@ -137,7 +143,19 @@ def read_weights(folder: Path, facts: BundleFacts) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: Path, *, assign: bool = False) -> None:
+def read_shapes(folder: Path, facts: BundleFacts) -> dict[str, Tensor]:
+    """The weights of a bundle without memory, from the header of their file."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            names = file.keys()
+            return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} holds no {WEIGHTS}") from error
+    except SafetensorError as error:
+        raise BundleError(f"{folder / WEIGHTS}: {error}; copy the bundle again") from error
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: Path | str, *, assign: bool = False) -> None:
     """Load weights into `module`; BundleError lists every key that is missing, unexpected or of another shape.
 
     `assign` puts the tensors themselves in the place of parameters that have no memory yet.
@@ -166,17 +184,17 @@ def load_model(folder: Path) -> tuple[DepthModel, BundleFacts]:
     return model.eval(), facts
 
 
-def load_encoder_weights(encoder: Encoder, folder: Path) -> None:
+def load_encoder_weights(encoder: Encoder, folder: Path, read: ReadWeights = read_weights) -> None:
     """Fill `encoder` from a bundle of an encoder or of a whole depth model, of which the encoder's part is taken."""
     facts = read_facts(folder)
-    state = read_weights(folder, facts)
+    state = read(folder, facts)
     if facts.content == "depth_model":
         prefix = "encoder."
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    load_strict(encoder, state, folder)
+    load_strict(encoder, state, f"{folder} ({facts.model.title})")
 
 
-def load_depth_model_weights(model: DepthModel, folder: Path) -> None:
+def load_depth_model_weights(model: DepthModel, folder: Path, read: ReadWeights = read_weights) -> None:
     """Fill `model` from the bundle of a depth model, of whatever kind: the heads have the same weights. Of a model with
     metric bins, the relative model below them is filled from the bundle of one.
     """
@@ -185,7 +203,7 @@ def load_depth_model_weights(model: DepthModel, folder: Path) -> None:
         raise BundleError(f"{folder} holds an encoder alone: no decoder to start from; set stage.decoder_weights=false")
     has_bins = isinstance(facts.model, MetricBinsConfig)
     part = model.relative() if isinstance(model, MetricBinsModel) and not has_bins else model
-    load_strict(part, read_weights(folder, facts), folder)
+    load_strict(part, read(folder, facts), f"{folder} ({facts.model.title})")
 
 
 def sha256(path: Path) -> str:

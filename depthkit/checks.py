@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def validate(config: TrainConfig, pending: Collection[str] = ()) -> None:
     """Raise `ConfigError` for the first combination of settings that cannot work, with both values in the message.
 
-    Label sets whose manifests are in `pending` are still to be written and are not looked at.
+    Label sets whose manifests, and bundles whose folders are in `pending` are still to be written and not looked at.
     """
     check_trainer(config.trainer, config.stage)
     if isinstance(config.stage, PseudoLabelConfig):
@@ -62,6 +62,9 @@ def validate(config: TrainConfig, pending: Collection[str] = ()) -> None:
     check_pareto(config)
     check_averaging(config)
     check_best(config)
+    from depthkit.start import check_start  # with torch, for which a command that checks no stage does not wait
+
+    check_start(config, pending)
 
 
 def check_streams(config: TrainConfig) -> None:

@@ -24,6 +24,7 @@ from depthkit.settings.model import (
 )
 from depthkit.settings.optim import Algorithm, OptimConfig, Schedule
 from depthkit.settings.stages import (
+    BundleStartConfig,
     DepthErrorLoss,
     DepthLoss,
     MetricConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "TRAINER_CHOICES",
     "Algorithm",
     "AugmentConfig",
+    "BundleStartConfig",
     "CameraAugmentConfig",
     "ConfigError",
     "DPTConfig",

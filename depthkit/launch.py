@@ -165,10 +165,11 @@ def plan(request: Request) -> list[Job]:
     jobs: list[Job] = []
     for stage, config in trainings.items():
         with naming(stage):
-            validate(config)
+            validate(config, pending=[f"{earlier.run_dir}/bundle" for earlier in trainings.values()])
         before = [job.variable for job in jobs]
         jobs.append(job_of(stage, config, request.options[stage], settings_of(request, stage), before))
     before = [job.variable for job in jobs]
+    bundles = [f"{config.run_dir}/bundle" for config in trainings.values()]
 
     label_sets = {name: data for name, data in student.data.unlabeled.items() if data.labels is not None}
     for name, data in label_sets.items():
@@ -180,7 +181,7 @@ def plan(request: Request) -> list[Job]:
         print(f"not checked, as the label stage writes it: data.unlabeled.{name}.labels={data.labels}", file=sys.stderr)
 
     with naming("student"):
-        validate(student, pending=[str(data.labels) for data in label_sets.values()])
+        validate(student, pending=[*bundles, *(str(data.labels) for data in label_sets.values())])
     last = job_of("student", student, request.options["student"], settings_of(request, "student"), before)
     last.once_ended = [f"label_{name}" for name in label_sets]
     return [*jobs, last]

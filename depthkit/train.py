@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
-from depthkit.bundle import BundleFacts, load_depth_model_weights, load_encoder_weights, read_facts, save_bundle
+from depthkit.bundle import BundleFacts, read_facts, save_bundle
 from depthkit.checks import num_steps, size_multiple, validate
 from depthkit.config import (
     DPTConfig,
@@ -20,12 +20,11 @@ from depthkit.config import (
 )
 from depthkit.data.cache import ShardCache
 from depthkit.data.datamodule import DepthDataModule
-from depthkit.egomotion_bundle import load_egomotion_weights, save_egomotion
+from depthkit.egomotion_bundle import save_egomotion
 from depthkit.engine import build_trainer, prepare_model
 from depthkit.hydra_entry import hydra_main
 from depthkit.label import label
-from depthkit.models import DepthModel, PlainEncoder, build_encoder, build_model, num_parameters
-from depthkit.models.egomotion import EgomotionNet
+from depthkit.models import PlainEncoder, build_encoder, num_parameters
 from depthkit.provenance import provenance
 from depthkit.reporting import reporters
 from depthkit.run_folder import enter
@@ -38,6 +37,7 @@ from depthkit.stages.pretrain import PretrainModule
 from depthkit.stages.student import StudentModule
 from depthkit.stages.teacher import TeacherModule
 from depthkit.stages.video import VideoModule
+from depthkit.start import initialised_egomotion, initialised_model
 from depthkit.transfer import apply_transfer, merge_adapters
 
 
@@ -119,7 +119,7 @@ def build_pretrain(config: TrainConfig) -> L.LightningModule:
 def build_teacher(config: TrainConfig) -> L.LightningModule:
     assert isinstance(config.stage, TeacherConfig)
     return TeacherModule(
-        build_initialised_model(config),
+        initialised_model(config),
         config.stage,
         config.optim,
         config.protocol,
@@ -129,28 +129,19 @@ def build_teacher(config: TrainConfig) -> L.LightningModule:
 
 def build_student(config: TrainConfig) -> L.LightningModule:
     assert isinstance(config.stage, StudentConfig)
-    model = build_initialised_model(config)
+    model = initialised_model(config)
     frozen_encoder = copy.deepcopy(model.encoder) if config.stage.feature_weight > 0 else None
     return StudentModule(model, frozen_encoder, config.stage, config.optim, config.protocol)
 
 
 def build_metric(config: TrainConfig) -> L.LightningModule:
     assert isinstance(config.stage, MetricConfig)
-    model = build_initialised_model(config)
-    if config.stage.decoder_weights:
-        load_depth_model_weights(model, Path(str(config.stage.encoder_weights)))
-    return MetricModule(model, config.model.max_depth, config.stage, config.optim, config.protocol)
+    return MetricModule(initialised_model(config), config.model.max_depth, config.stage, config.optim, config.protocol)
 
 
 def build_video(config: TrainConfig) -> L.LightningModule:
     assert isinstance(config.stage, VideoConfig)
-    model = build_initialised_model(config)
-    if config.stage.decoder_weights:
-        load_depth_model_weights(model, Path(str(config.stage.encoder_weights)))
-    assert config.data.clip_frames is not None
-    egomotion = EgomotionNet(config.stage.egomotion, config.data.clip_frames)
-    if config.stage.egomotion_weights is not None:
-        load_egomotion_weights(egomotion, Path(config.stage.egomotion_weights))
+    model, egomotion = initialised_model(config), initialised_egomotion(config, config.stage)
     return VideoModule(model, egomotion, config.model.kind, config.stage, config.optim, config.protocol)
 
 
@@ -169,15 +160,6 @@ def build_module(config: TrainConfig) -> L.LightningModule:
     if isinstance(module, DepthModule):
         apply_transfer(module.model, config.transfer)
     return module
-
-
-def build_initialised_model(config: TrainConfig) -> DepthModel:
-    """The model with a fresh decoder and the encoder weights that the stage starts from."""
-    weights = config.stage.encoder_weights
-    model = build_model(config.model, pretrained_encoder=weights == "timm")
-    if weights not in (None, "timm"):
-        load_encoder_weights(model.encoder, Path(str(weights)))
-    return model
 
 
 def write_bundle(config: TrainConfig, module: L.LightningModule, metrics: dict[str, float]) -> None:

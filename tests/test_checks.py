@@ -32,6 +32,7 @@ def student(compose: Any, root: Path) -> TrainConfig:
     config.data.labeled = {"rooms": dataset(root, "rooms")}
     config.data.unlabeled = {"target": dataset(root, "images", labels=str(root / "labels" / "manifest.json"))}
     config.data.val = {"rooms": dataset(root, "rooms")}
+    config.stage.encoder_weights = None
     config.trainer.max_steps = 100
     return config
 

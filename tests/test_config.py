@@ -48,7 +48,7 @@ def test_every_experiment_composes_and_its_model_builds(compose, experiment):
     assert config.run_name == experiment
     training_sets = [*config.data.labeled.values(), *config.data.unlabeled.values()]
     if training_sets and all(dataset.world for dataset in training_sets):  # the others are files to be packed first
-        validate(config)
+        validate(config, pending=[str(config.stage.encoder_weights)])
     if not isinstance(config.stage, PseudoLabelConfig):
         with torch.device("meta"):
             assert sum(parameter.numel() for parameter in build_model(config.model).parameters()) > 0
@@ -81,7 +81,7 @@ def test_every_file_of_a_group_composes(compose, group, name):
     config = compose(*data, f"{group}={name}", *needed)
     assert isinstance(config, TrainConfig)
     if group == "stage":
-        assert config.stage.name == name
+        assert config.stage.name == {"zoedepth": "metric"}.get(name, name)  # ZoeDepth's loss, in the stage metric
 
 
 @pytest.mark.parametrize("dataset", names("dataset"))

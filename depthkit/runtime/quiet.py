@@ -9,6 +9,7 @@ NOT_ACTIONABLE = (
     r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen encoder belongs in eval mode
     r"You're resuming from a checkpoint that ended before the epoch ended",  # the order of the data starts at the step
     r"Checkpoint directory .* exists and is not empty",  # every continued run
+    r"Total length of `list` across ranks is zero",  # a run without validation images
     r"Couldn't infer the batch indices fetched from your dataloader",  # chunks name their own images
     r"The `srun` command is available on your system but is not used",  # on a login node; docs/cluster.md has jobs
     r".*does not have many workers which may be a bottleneck",  # throughput/data_wait measures it

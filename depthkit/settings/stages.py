@@ -27,6 +27,16 @@ class StageConfig:
 
 
 @dataclass(kw_only=True)
+class BundleStartConfig(StageConfig):
+    decoder_weights: bool = False  # start from the decoder of the bundle `encoder_weights` too; False: a fresh one
+
+    def __post_init__(self) -> None:
+        from_bundle = self.encoder_weights not in (None, "timm")
+        allowed = "false, or stage.encoder_weights the bundle of a depth model"
+        check(not self.decoder_weights or from_bundle, "stage.decoder_weights", self.decoder_weights, allowed)
+
+
+@dataclass(kw_only=True)
 class PretrainConfig(StageConfig):
     """Masked image modelling of the encoder alone, without labels, for encoders that no published weights exist for."""
 
@@ -37,6 +47,8 @@ class PretrainConfig(StageConfig):
 
     def __post_init__(self) -> None:
         check(0 < self.mask_ratio < 1, "stage.mask_ratio", self.mask_ratio, "> 0 and < 1")
+        allowed = "null with stage=pretrain: it starts from random weights"
+        check(self.encoder_weights is None, "stage.encoder_weights", self.encoder_weights, allowed)
 
 
 @dataclass(kw_only=True)
@@ -67,11 +79,10 @@ class DepthErrorLoss(Enum):
 
 
 @dataclass(kw_only=True)
-class MetricConfig(SupervisedConfig):
+class MetricConfig(SupervisedConfig, BundleStartConfig):
     target_kind = "depth"
 
     name: str = "metric"
-    decoder_weights: bool = False  # start from the decoder of the bundle `encoder_weights` too; False: a fresh one
     loss: DepthErrorLoss = DepthErrorLoss.silog
     variance_focus: float = 0.5  # of the loss: 1 does not see a wrong scale, 0 counts it fully
     sample_variance: bool = False  # the loss divides its variance by n - 1, as ZoeDepth, instead of n
@@ -82,25 +93,22 @@ class MetricConfig(SupervisedConfig):
     canonical_focal_px: float | None = None  # learn depth * this / focal length in pixels of the crop; null: depth
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(0 <= self.variance_focus <= 1, "stage.variance_focus", self.variance_focus, "0 to 1")
         check(self.domain_weight >= 0, "stage.domain_weight", self.domain_weight, ">= 0")
         focal = self.canonical_focal_px
         check(focal is None or focal > 0, "stage.canonical_focal_px", focal, "> 0 (pixels), or null")
         check(self.loss_scale > 0, "stage.loss_scale", self.loss_scale, "> 0")
-        from_bundle = self.encoder_weights not in (None, "timm")
-        allowed = "false, or stage.encoder_weights the bundle of a depth model"
-        check(not self.decoder_weights or from_bundle, "stage.decoder_weights", self.decoder_weights, allowed)
 
 
 @dataclass(kw_only=True)
-class VideoConfig(StageConfig):
+class VideoConfig(BundleStartConfig):
     """Depth and ego-motion from video without labels. The defaults are those of vid2depth."""
 
     target_kind = None
     reads_clips = True
 
     name: str = "video"
-    decoder_weights: bool = False  # start from the decoder of the bundle `encoder_weights` too; False: a fresh one
     egomotion: EgomotionConfig = field(default_factory=EgomotionConfig)
     egomotion_weights: str | None = None  # folder `egomotion` of an earlier run; null: random
     reconstruction_weight: float = 0.85
@@ -114,6 +122,7 @@ class VideoConfig(StageConfig):
     normalize_disparity: bool = False  # the disparity of a clip is divided by its mean (DDVO)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         weights = ("reconstruction_weight", "ssim_weight", "smoothness_weight", "icp_weight")
         for name in weights:
             check(getattr(self, name) >= 0, f"stage.{name}", getattr(self, name), ">= 0")
@@ -123,9 +132,6 @@ class VideoConfig(StageConfig):
         check(self.icp_points is None or self.icp_points > 3, "stage.icp_points", self.icp_points, "> 3, or null")
         allowed = "false without stage.minimum_reprojection=true"
         check(self.minimum_reprojection or not self.auto_mask, "stage.auto_mask", self.auto_mask, allowed)
-        from_bundle = self.encoder_weights not in (None, "timm")
-        allowed = "false, or stage.encoder_weights the bundle of a depth model"
-        check(not self.decoder_weights or from_bundle, "stage.decoder_weights", self.decoder_weights, allowed)
 
 
 @dataclass(kw_only=True)
