@@ -4,9 +4,12 @@ Shapes: B pairs of clouds, N points of the source, M of the target; clouds (B, N
 (B, 4, 4). All compute in float32 whatever autocast says.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from depthkit.warping import pose_matrix, pose_vector
@@ -16,6 +19,9 @@ MAX_ITERATIONS = 10
 
 MOST_DISTANCES = 2**24
 """Distances that are in memory at a time."""
+
+Search = Callable[[Tensor], Tensor]
+"""Points (B, N, 3) -> of a cloud, the point nearest to each."""
 
 
 class Registration(NamedTuple):
@@ -48,16 +54,44 @@ def icp(
     source = torch.where(source_mask[..., None], source, 0.0)
     motion = torch.eye(4, device=source.device).repeat(len(source), 1, 1)
     moved = source
+    search = neighbour_search(target, target_mask)
     for _ in range(max_iterations):
-        step = best_rigid_motion(moved, nearest(moved, target, target_mask), source_mask)
+        step = best_rigid_motion(moved, search(moved), source_mask)
         motion = step @ motion
         moved = source @ motion[:, :3, :3].mT + motion[:, None, :3, 3]
-    residual = nearest(moved, target, target_mask) - moved
+    residual = search(moved) - moved
     return Registration(motion, torch.where(source_mask[..., None], residual, 0.0))
 
 
+def neighbour_search(target: Tensor, target_mask: Tensor | None = None) -> Search:
+    """How to find neighbours in `target`, prepared once for all iterations: trees on a CPU, elsewhere all distances."""
+    if target.device.type == "cpu":
+        return search_trees(target, target_mask)
+    return lambda points: nearest(points, target, target_mask)
+
+
+def search_trees(target: Tensor, target_mask: Tensor | None = None) -> Search:
+    """SciPy's KD-trees, one for each cloud; they know no numbers that are not finite, and search these at 0."""
+    clouds = list(target)
+    if target_mask is not None:
+        clouds = [cloud[mask] if mask.any() else cloud[:1] for cloud, mask in zip(target, target_mask, strict=True)]
+    # Neither option changes what is found. The points of an image fill space evenly: balance costs more than it saves.
+    trees = [KDTree(finite(cloud), balanced_tree=False, compact_nodes=False) for cloud in clouds]
+
+    def search(points: Tensor) -> Tensor:
+        threads = torch.get_num_threads()
+        places = (tree.query(one, workers=threads)[1] for tree, one in zip(trees, finite(points), strict=True))
+        return torch.stack([cloud[torch.from_numpy(place)] for cloud, place in zip(clouds, places, strict=True)])
+
+    return search
+
+
+def finite(points: Tensor) -> np.ndarray:
+    return points.nan_to_num(0.0, 0.0, 0.0).numpy()
+
+
 def nearest(points: Tensor, target: Tensor, target_mask: Tensor | None = None) -> Tensor:
-    """The point of `target` that is nearest to each of `points`, (B, N, 3); the first of several."""
+    """The point of `target` that is nearest to each of `points`, (B, N, 3), by all distances; the first of several."""
     if target_mask is not None:
         # Far away, not NaN: the smallest of a row with NaN would be NaN.
         target = torch.where(target_mask[..., None], target, 1e9)
@@ -82,7 +116,8 @@ def best_rigid_motion(source: Tensor, target: Tensor, valid_mask: Tensor) -> Ten
     source_mean, target_mean = ((points * weights).sum(1, keepdim=True) / count for points in (source, target))
     covariance = ((source - source_mean) * weights).mT @ (target - target_mean)
     # float64: of a nearly flat cloud the smallest singular value is lost in float32, and a 3 x 3 matrix costs nothing.
-    u, _, vh = torch.linalg.svd(covariance.double())
+    # Of what is not finite there is no motion, and no error: the residual makes the loss NaN, which training handles.
+    u, _, vh = torch.linalg.svd(covariance.double().nan_to_num(0.0, 0.0, 0.0))
     sign = torch.linalg.det(u @ vh).sign()
     u = torch.cat([u[..., :2], u[..., 2:] * sign[:, None, None]], -1)
     rotation = (u @ vh).mT

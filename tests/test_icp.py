@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from depthkit.icp import best_rigid_motion, icp, icp_loss, nearest
+from depthkit.icp import best_rigid_motion, icp, icp_loss, nearest, search_trees
 from depthkit.warping import invert_motion, pose_matrix, pose_vector
 
 
@@ -48,6 +48,23 @@ def test_nearest_is_that_of_all_distances():
     points, target = cloud(50, 0), cloud(70, 1)
     places = torch.cdist(points.double(), target.double()).argmin(2)
     torch.testing.assert_close(nearest(points, target), target[torch.arange(2)[:, None], places])
+
+
+def test_trees_find_what_all_distances_find():
+    points, target, valid = cloud(400, 0), cloud(500, 1), everywhere(cloud(500))
+    valid[0, 100:] = False
+    torch.testing.assert_close(search_trees(target, valid)(points), nearest(points, target, valid), rtol=0, atol=0)
+    torch.testing.assert_close(search_trees(target)(points), nearest(points, target), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("broken", ["source", "target", "motion"])
+def test_what_is_not_finite_makes_the_loss_nan_and_no_error(broken):
+    """So that training treats it as it treats every loss that is not finite."""
+    inputs = {"source": cloud(50), "motion": torch.zeros(2, 6), "target": cloud(60)}
+    inputs[broken][0] = torch.nan
+    loss = icp_loss(inputs["source"], inputs["motion"], inputs["target"])
+    assert torch.isfinite(loss[1])
+    assert torch.isnan(loss[0])
 
 
 def test_nearest_in_parts_is_the_same(monkeypatch):
