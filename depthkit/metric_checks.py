@@ -47,6 +47,8 @@ def largest_label(dataset: DatasetConfig) -> tuple[float | None, str]:
         return dataset.depth_range[1], "its depth_range"
     if is_remote(dataset.manifest) or Path(dataset.manifest).is_file():
         target = labels_manifest(dataset, load_manifest(dataset.manifest)).target
-    else:
+    elif dataset.world is not None:
         from depthkit.data.procedural.pack import TARGET as target
+    else:
+        return None, ""  # a file that is missing is another check's
     return (target.depth_range[1] if target and target.depth_range else None), "its manifest"

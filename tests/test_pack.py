@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from depthkit.data.decode import decode_image, decode_target
+from depthkit.data.index import load_index
 from depthkit.data.manifest import Manifest, load_manifest
 from depthkit.data.pack import main
 from depthkit.data.shards import RawSample, ShardReader, image_member
@@ -276,6 +277,36 @@ def test_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
     assert pack(index, index, out=tmp_path / "other") == 2
     assert "two inputs hold a data set 'a'" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_hold_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last pairs of every train source, at least one and never the only one; what has a split stays whole."""
+    sources = ["many"] * 5 + ["two"] * 2 + ["one", "test", "test"]
+    rows = [row | {"source": name} for row, name in zip(write_pairs(tmp_path, len(sources)), sources, strict=True)]
+    index, out = write_index(tmp_path, rows), tmp_path / "out"
+    assert pack(index, out=out, options=("--hold-out", "0.4", "--test-sources", "test")) == 0
+    found = {path.parent.name: load_manifest(path) for path in out.glob("*/manifest.json")}
+    assert {name: (manifest.split, manifest.num_samples) for name, manifest in found.items()} == {
+        "many": ("train", 3),
+        "many_val": ("val", 2),
+        "two": ("train", 1),
+        "two_val": ("val", 1),
+        "one": ("train", 1),
+        "test": ("test", 2),
+    }
+    keys = {name: [key for shard in manifest.shards for key in load_index(out / name / shard.path).samples]
+            for name, manifest in found.items()}  # fmt: skip
+    assert keys["many"] + keys["many_val"] == sorted(keys["many"] + keys["many_val"])
+    for wrong in ("0", "1", "-0.1"):
+        with pytest.raises(SystemExit):
+            pack(index, out=tmp_path / "other", options=("--hold-out", wrong))
+        assert "must be > 0 and < 1" in capsys.readouterr().err
+    clash = write_index(
+        tmp_path, [row | {"source": name} for row, name in zip(rows, ["a", "a", "a_val"], strict=False)]
+    )
+    assert pack(clash, out=tmp_path / "other", options=("--hold-out", "0.5")) == 2
+    assert "'a_val'" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,10 @@ Files are copied byte for byte; images that are not JPEG, PNG or WebP become los
 folder unlabeled/ beside an index is packed as well.
 
 A source of an index goes to one split as a whole: train, unless --val-sources or --test-sources names it. Put sources
-that show the same scene into the same split, else a test image was seen in training.
+that show the same scene into the same split, else a test image was seen in training. --hold-out 0.2 makes the last
+fifth of the labeled pairs of every train source a data set SOURCE_val, at least one and never the only one: to see how
+well a camera or a place is learned, not how well others are. The first frames behind such a cut through a video show
+much of what the last ones before it show.
 
 A pair that cannot be used is left out and written to OUT/NAME/rejected.jsonl with the reason. Start a run that was
 stopped again with the same arguments: finished shards are kept. Exit code: 0 all packed, 1 some pairs rejected,
@@ -68,6 +72,9 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--name {args.name}: only for tars that stay where they are; others bring their names")
         sets = list(find_sets(args.inputs, _label_fields(args)))
         splits = _splits(sets, val=args.val_sources, test=args.test_sources)
+        if args.hold_out is not None:
+            sets = [part for whole in sets for part in _held_out(whole, args.hold_out, splits[whole.name])]
+            splits = _splits(sets, val=args.val_sources, test=args.test_sources)
         records = pack(sets, splits, args.out, samples_per_shard=args.samples_per_shard, num_workers=args.workers)
     except (OSError, ValueError, ImportError) as error:
         print(f"depthkit pack: {error}", file=sys.stderr)
@@ -84,6 +91,8 @@ def _adopt(args: argparse.Namespace) -> int:
         raise ValueError(f"{tars}: tars are taken for images alone; leave out {', '.join(label_fields)}")
     name = args.name or name_of_tars(tars)
     splits = {set_name: split for split in ("val", "test") for set_name in getattr(args, f"{split}_sources")}
+    if args.hold_out is not None:
+        raise ValueError(f"{tars}: tars that stay where they are have no labels; leave out --hold-out")
     if splits.keys() - {name}:
         raise ValueError(f"{', '.join(splits)}: the only data set here is {name}")
     manifest = adopt(tars, args.out / name, split=splits.get(name, "train"), num_workers=args.workers)
@@ -225,6 +234,19 @@ def _splits(sets: list[PairSet], **named: list[str]) -> dict[str, str]:
     return splits
 
 
+def _held_out(whole: PairSet, share: float, split: str) -> list[PairSet]:
+    """A train set without the last `share` of its labeled pairs, and these as a val set; others as they are."""
+    if split != "train" or whole.target is None:
+        return [whole]
+    if isinstance(whole.pairs, PairStream):
+        raise ValueError(f"--hold-out: how many pairs {whole.name} has is not known before all are read")
+    first = len(whole.pairs) - max(1, round(share * len(whole.pairs)))
+    if first < 1:
+        return [whole]
+    held_out = replace(whole, name=f"{whole.name}_val", pairs=whole.pairs[first:], split="val")
+    return [replace(whole, pairs=whole.pairs[:first]), held_out]
+
+
 def _progress() -> Progress:
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))
@@ -274,6 +296,12 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(
             f"--{split}-sources", type=_names, default=[], metavar="A,B", help=f"data sets of the {split} split"
         )
+    parser.add_argument(
+        "--hold-out",
+        type=float,
+        metavar="SHARE",
+        help="share of the pairs of every train source that becomes a val set",
+    )
     labels = parser.add_argument_group("your own labels", "where a row of an index or table says nothing else")
     labels.add_argument("--quantity", choices=QUANTITIES, help="what a label holds; default: depth")
     labels.add_argument("--scale", type=float, metavar="S", help="stored number / S = metres, 1/m or pixels")
@@ -284,6 +312,8 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.samples_per_shard < 1 or args.workers < 1:
         parser.error("--samples-per-shard and --workers must be at least 1")
+    if args.hold_out is not None and not 0 < args.hold_out < 1:
+        parser.error(f"--hold-out {args.hold_out:g}: must be > 0 and < 1")
     return args
 
 
