@@ -1,5 +1,6 @@
 """The stage that learns from video: its losses against their definition, its validation, and what it hands over."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from depthkit.egomotion_bundle import load_egomotion, save_egomotion
 from depthkit.evaluation.settings import Alignment, ProtocolConfig
 from depthkit.icp import icp_loss
 from depthkit.models import build_model
+from depthkit.models.activations import RisingReLU
 from depthkit.models.egomotion import EgomotionNet
 from depthkit.reporting import batch_flops
 from depthkit.stages.video import Pairs, VideoModule, disparity_pyramid, spread, trajectory, unnormalized
@@ -50,6 +52,37 @@ def clip_batch(count: int = 2, size: tuple[int, int] = (32, 48), num_frames: int
 
 def parts(output: Any) -> dict[str, torch.Tensor]:
     return {name: values.double() for name, values in output["image_losses"].items()}
+
+
+def test_an_encoder_with_dpt_whose_disparity_is_0_everywhere_learns_again(compose):
+    """ReLU would have no gradient there; the prediction is that of ReLU all the same."""
+    model = build_model(compose("model=tiny", "data=tiny_teacher").model)
+    plain = copy.deepcopy(model)
+    video = VideoModule(
+        model, EgomotionNet(EGOMOTION, 3), "disparity", VideoConfig(egomotion=EGOMOTION, icp_weight=0.0),
+        OptimConfig(), PROTOCOL,
+    )  # fmt: skip
+    image = clip_batch()["image"].flatten(0, 1)
+    torch.testing.assert_close(model(image).values, plain(image).values, rtol=0, atol=0)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    bias = model.decoder.head_out[2].bias
+    with torch.no_grad():
+        bias.fill_(-1e3)
+    assert not model(image).values.any()
+    nearer = -video.model(image).values.mean()
+    nearer.backward()
+    assert bias.grad == -1
+
+
+@pytest.mark.parametrize(
+    ("value", "gradient", "expected"), [(2.0, 3.0, 3.0), (2.0, -3.0, -3.0), (-2.0, 3.0, 0.0), (-2.0, -3.0, -3.0)]
+)
+def test_rising_relu(value, gradient, expected):
+    values = torch.tensor(value, requires_grad=True)
+    found = RisingReLU()(values)
+    assert found == max(value, 0)
+    found.backward(torch.tensor(gradient))
+    assert values.grad == expected
 
 
 def test_the_losses_are_the_sums_of_vid2depth():

@@ -23,6 +23,7 @@ from depthkit.losses_video import (
 )
 from depthkit.metrics_video import ate
 from depthkit.models import DepthModel
+from depthkit.models.activations import keep_disparity_alive
 from depthkit.models.egomotion import EgomotionNet
 from depthkit.optim import build_optimizer, build_schedule, parameter_groups
 from depthkit.stages.base import DepthModule
@@ -58,6 +59,7 @@ class VideoModule(DepthModule):
         protocol: ProtocolConfig,
     ) -> None:
         super().__init__(model, stage, optim, protocol)
+        keep_disparity_alive(model.decoder)
         self.egomotion = egomotion
         self.kind = kind
         metrics = {name: MeanMetric(nan_strategy="ignore") for name in VIDEO_METRICS}
