@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_docs_walked import depthkit, folder, shrunk  # noqa: F401 - folder is a fixture
+from test_docs_walked import depthkit, folder, shrunk, train_here  # noqa: F401 - folder is a fixture
 from test_readme import ROOT, commands
-
-from depthkit.train import run
 
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
 SHOWN = commands(PAGE)
@@ -49,17 +47,15 @@ def test_the_tiny_recipes_run_in_the_order_of_the_page(
     compose: Any,
     folder: Path,  # noqa: F811
     samples_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In one process: a command of its own for each would wait for torch longer than it trains."""
-    depthkit(folder, *shrunk(["train", "experiment=tiny_student"]))
+    train_here(compose, folder, *shrunk(["train", "experiment=tiny_student"]))
     pack = next(argv for argv in SHOWN if argv[0] == "pack")
     depthkit(folder, *(word.replace("SAMPLES", str(samples_dir)) for word in pack), "--workers", "1")
     walked = [argv for argv in SHOWN if is_tiny(argv) and argv[0] == "train"]
     assert len(walked) > 10
-    monkeypatch.chdir(folder)
     for argv in walked:
         config = compose(*argv[1:])
         warmup = ["optim.warmup_steps=0"] if config.optim.warmup_steps else []
-        run(compose(*argv[1:], *FEW, *warmup, *small_worlds(config)))
+        few = [word for word in argv if not word.startswith("trainer.max_steps=")]
+        train_here(compose, folder, *few, *FEW, *warmup, *small_worlds(config))
         assert (folder / config.run_dir / "bundle" / "model.json").is_file(), shlex.join(argv)

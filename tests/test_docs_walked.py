@@ -4,15 +4,19 @@ Those that need a cluster, several GPUs or the data sets of the papers are compo
 test_slurm_docs.py.
 """
 
+import contextlib
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_readme import ROOT, commands
 from test_slurm_docs import SHORT, small_world
+
+from depthkit import train
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_SILENT": "true"}
 STAGES = {"tiny_pretrain": "pretrain", "tiny_teacher": "teacher", "tiny_label": "label", "tiny_student": "student"}
@@ -52,13 +56,19 @@ def depthkit(folder: Path, *argv: str) -> str:
     return done.stdout
 
 
+def train_here(compose: Any, folder: Path, *argv: str) -> None:
+    """A stage in this process: a command of its own would wait for torch longer than it trains."""
+    with contextlib.chdir(folder):
+        train.run(compose(*argv[1:]))
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(compose: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a tiny encoder, teacher and its labels are, small enough to be made in seconds."""
     made = tmp_path_factory.mktemp("walked")
-    depthkit(made, *shrunk(["train", "experiment=tiny_pretrain"]))
-    depthkit(made, *shrunk(["train", "experiment=tiny_teacher"]))
-    depthkit(made, *shrunk(["label", "experiment=tiny_label"]))
+    train_here(compose, made, *shrunk(["train", "experiment=tiny_pretrain"]))
+    train_here(compose, made, *shrunk(["train", "experiment=tiny_teacher"]))
+    train_here(compose, made, *shrunk(["label", "experiment=tiny_label"]))
     return made
 
 
