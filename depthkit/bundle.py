@@ -116,7 +116,7 @@ def read_facts(folder: Path) -> BundleFacts:
     except FileNotFoundError as error:
         raise BundleError(f"{folder} is not a bundle: it holds no {FACTS}") from error
     except ValueError as error:
-        raise BundleError(f"{folder / FACTS} is not JSON: {error}") from error
+        raise BundleError(f"{folder / FACTS} is not JSON: {error}; copy the bundle again") from error
     if not isinstance(text, dict) or text.pop("format", None) != FORMAT:
         raise BundleError(f"{folder / FACTS}: this version reads format {FORMAT}; write the bundle again")
     text.pop("depthkit", None)
@@ -202,6 +202,8 @@ def load_depth_model_weights(model: DepthModel, folder: Path, read: ReadWeights 
     if facts.content != "depth_model":
         raise BundleError(f"{folder} holds an encoder alone: no decoder to start from; set stage.decoder_weights=false")
     has_bins = isinstance(facts.model, MetricBinsConfig)
+    if isinstance(model, MetricBinsModel) and not has_bins and facts.kind != "disparity":
+        raise BundleError(f"{folder} predicts {facts.kind}: metric bins start from a model of relative disparity")
     part = model.relative() if isinstance(model, MetricBinsModel) and not has_bins else model
     load_strict(part, read(folder, facts), f"{folder} ({facts.model.title})")
 

@@ -14,6 +14,7 @@ from depthkit.config import (
     PretrainConfig,
     PseudoLabelConfig,
     StudentConfig,
+    SupervisedConfig,
     TeacherConfig,
     TrainConfig,
     VideoConfig,
@@ -97,6 +98,7 @@ def build_data(config: TrainConfig) -> DepthDataModule:
         target_kind=config.stage.target_kind,
         limit_val=config.trainer.limit_val_batches,
         needs_camera=canonical_focal_px(config) is not None,
+        learns_normals=isinstance(config.stage, SupervisedConfig) and config.stage.normals,
         cache=ShardCache(config.paths),
     )
 

@@ -115,9 +115,16 @@ def relative_error(prediction: np.ndarray, target: np.ndarray, valid_mask: np.nd
 
 
 def panel(
-    image: np.ndarray, target: np.ndarray, prediction: np.ndarray, valid_mask: np.ndarray, *, unit: str, title: str = ""
+    image: np.ndarray,
+    target: np.ndarray,
+    prediction: np.ndarray,
+    valid_mask: np.ndarray,
+    *,
+    unit: str,
+    title: str = "",
+    aligned: bool = True,
 ) -> np.ndarray:
-    """One labelled picture: image, ground truth depth, aligned predicted depth, relative error (red from 0.25 on).
+    """One labelled picture: image, ground truth depth, predicted depth, relative error (red from 0.25 on).
 
     Ground truth and prediction share one colour scale, taken from the ground truth.
     """
@@ -126,7 +133,7 @@ def panel(
     tiles = [
         Tile(title or "image", image),
         Tile("ground truth", colorize(target, valid_mask, scale)),
-        Tile("prediction, aligned", colorize(prediction, None, scale)),
+        Tile("prediction, aligned" if aligned else "prediction", colorize(prediction, None, scale)),
         Tile("error", colorize(error, valid_mask, error_scale(0.25))),
     ]
     return render(picture_grid([PictureRow(tiles, [scale, error_scale(0.25)])]))

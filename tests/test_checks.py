@@ -41,6 +41,19 @@ def dataset(root: Path, folder: str, **settings: Any) -> DatasetConfig:
     return DatasetConfig(manifest=str(root / folder / "manifest.json"), **settings)
 
 
+def test_the_world_of_a_data_set_is_not_rendered_into_another_folder(compose: Any, tmp_path: Path, root: Path):
+    """Settings of a tiny experiment whose manifest alone is exchanged."""
+    own = compose("experiment=tiny_teacher", f"data.labeled.source.manifest={root}/rooms/manifest.json")
+    assert own.data.labeled["source"].world is None
+    validate(own)
+    lost = compose("experiment=tiny_teacher", f"data.labeled.source.manifest={tmp_path}/typo/manifest.json")
+    with pytest.raises(ConfigError, match=r"data\.labeled\.source\.manifest=.*typo/manifest\.json: no such file"):
+        validate(lost)
+    moved = compose("experiment=tiny_teacher", f"paths.data={tmp_path}")
+    assert moved.data.labeled["source"].world is not None
+    validate(moved)
+
+
 def test_a_student_with_its_labels_is_fine(student: TrainConfig):
     validate(student)
 

@@ -13,6 +13,7 @@ from depthkit.doctor.bench import Bench
 from depthkit.doctor.doctor import examine, main
 from depthkit.doctor.finding import Level
 from depthkit.doctor.normalisation import check_normalisation
+from depthkit.doctor.report import draw_frames
 from depthkit.doctor.training import check_gradients, check_learning_rate, check_overfit, judge_rates
 
 QUICK = ["images=12", "steps=12", "sweep_steps=8"]
@@ -124,6 +125,22 @@ def test_a_loss_that_cannot_fall(bench):
     finding = check_overfit(examined, batch, 4, 1.0)
     assert finding.level is Level.problem
     assert "does not fall (1 to 1 in 4 steps)" in finding.text
+
+
+def test_rates_that_are_too_high_all_along_say_nothing_of_the_labels(bench):
+    examined, batch = bench()
+    step = examined.module.training_step
+    examined.module.training_step = lambda *given: {"loss": 0 * step(*given)["loss"] + 1}
+    finding = check_overfit(examined, batch, 4, 0.01)
+    assert finding.level is Level.skipped
+    assert "even 0.01 times the rates of the settings is too high" in finding.text
+
+
+def test_a_video_is_drawn_frame_by_frame():
+    clips = torch.randint(0, 255, (2, 3, 3, 24, 32), dtype=torch.uint8)
+    one, two = draw_frames(clips[:1]), draw_frames(clips)
+    assert two.shape[0] > 1.5 * one.shape[0]
+    assert draw_frames(clips[:, 0]).shape[1] < one.shape[1]
 
 
 def test_a_loss_that_is_not_finite(bench):

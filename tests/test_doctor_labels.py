@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from depthkit.doctor.alignment import correlation, measure
+from depthkit.doctor.alignment import Agreement, correlation, measure
 from depthkit.doctor.finding import Level
-from depthkit.doctor.labels import check_alignment, check_cameras, check_flips, check_values, is_mirror
+from depthkit.doctor.labels import check_alignment, check_cameras, check_flips, check_values, is_mirror, judge
 from depthkit.types import Sample
 
 NUM, SIZE = 24, 64
@@ -85,6 +85,17 @@ def test_labels_of_other_images(scenes):
     finding = look(image, disparity.roll(5, 0))
     assert finding.level in (Level.warning, Level.problem)
     assert "no more of their own image than of another one" in finding.text
+
+
+def test_edges_with_next_to_nothing_in_common_say_nothing():
+    agreement = Agreement(
+        own=torch.tensor([0.030, 0.031] * 8), other=torch.zeros(16), turned={"upside down": torch.zeros(16)},
+        shifted=torch.full((16, 3, 3), 0.03), chance=0.02, factor=1,
+    )  # fmt: skip
+    level, text, values = judge(agreement)
+    assert values["t"] > 3
+    assert level is Level.warning
+    assert "too little in common to tell" in text
 
 
 @pytest.mark.parametrize("kind", ["sparse", "few"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from miniatures import SIZE, Packed, _read, rejected, write, write_image
 
+from depthkit.data.manifest import load_manifest
 from depthkit.data.pack import main
 
 DEPTH = np.random.default_rng(0).uniform(0.5, 20, SIZE).astype(np.float32)
@@ -68,6 +69,25 @@ def test_images_and_depth_folders(tmp_path: Path, name: str) -> None:
     target = result.target("a/1")
     np.testing.assert_array_equal(np.isfinite(target), DEPTH > 0)
     np.testing.assert_allclose(target[DEPTH > 0], DEPTH[DEPTH > 0], atol=6e-4 if "1000" in options else 1e-6)
+
+
+def test_a_folder_that_is_named_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README: `depthkit pack my_rooms --scale 1000 --hold-out 0.2 --out data`."""
+    for number in range(5):
+        write_image(tmp_path / "my_rooms" / "images" / f"{number}.jpg")
+        write_label(tmp_path / "my_rooms" / "depth" / f"{number}.png", MILLIMETRES)
+    monkeypatch.chdir(tmp_path)
+    assert pack(Path("my_rooms"), Path("data"), "--scale", "1000", "--hold-out", "0.2") == 0
+    sizes = {path.parent.name: load_manifest(path).num_samples for path in Path("data").glob("*/manifest.json")}
+    assert sizes == {"my_rooms": 4, "my_rooms_val": 1}
+
+
+def test_nothing_to_hold_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_image(tmp_path / "photos" / "a.jpg")
+    write_image(tmp_path / "photos" / "b.jpg")
+    assert pack(tmp_path / "photos", tmp_path / "data", "--hold-out", "0.5") == 2
+    assert "no train source has two labeled pairs" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
 
 
 def test_labels_are_read_as_the_command_line_says(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Drawn:
         self.titles: list[str] = []
         monkeypatch.setattr(panels, "panel", self)
 
-    def __call__(self, image, target, prediction, valid_mask, *, unit: str, title: str) -> np.ndarray:
+    def __call__(self, image, target, prediction, valid_mask, *, unit: str, title: str, aligned: bool) -> np.ndarray:
         self.calls.append((image, target, prediction, valid_mask))
         self.titles.append(title)
         return np.zeros((4, 8, 3), np.uint8)

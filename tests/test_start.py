@@ -86,6 +86,13 @@ def test_an_encoder_alone_has_no_decoder_to_keep(compose, write):
         validate(config)
 
 
+def test_metric_bins_start_from_relative_disparity(compose, write):
+    metric = write("tiny_metric", "stage.encoder_weights=null")
+    with pytest.raises(ConfigError, match="predicts depth: metric bins start from a model of relative disparity"):
+        validate(start(compose, "tiny_zoedepth", metric))
+    validate(start(compose, "tiny_zoedepth", metric, "stage.decoder_weights=false"))
+
+
 def test_masked_images_start_from_random_weights(compose):
     with pytest.raises(ConfigError, match=r"stage\.encoder_weights='timm': must be null with stage=pretrain"):
         compose("experiment=tiny_pretrain", "stage.encoder_weights=timm")

@@ -164,7 +164,8 @@ def test_too_many_broken_samples_in_a_row_are_an_error(tmp_path: Path):
     stream = make_stream(write_dataset(tmp_path, samples), images_per_step=1)
     with pytest.raises(SampleError, match=f"{MAX_ATTEMPTS} samples in a row") as error:
         stream.load(0)
-    assert str(error.value).count("no valid pixel") == MAX_ATTEMPTS
+    assert str(error.value).count("no valid pixel") == 1
+    assert f" and {MAX_ATTEMPTS - 1} more: no valid pixel" in str(error.value)
     assert str(tmp_path / "train-000000.tar") in str(error.value)
 
 

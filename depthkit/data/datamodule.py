@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from depthkit.config import AugmentConfig, DataConfig, DatasetConfig
 from depthkit.data.cache import ShardCache
 from depthkit.data.clips import ClipReader, clip_span
+from depthkit.data.first_samples import check_cameras, check_poses
 from depthkit.data.procedural import WorldSpec, write_world
 from depthkit.data.quarantine import SampleError
 from depthkit.data.read_ahead import ReadAhead
@@ -31,7 +32,8 @@ class DepthDataModule(L.LightningDataModule):
     `num_steps` counts batches. Training targets are in `target_kind`; None reads images alone. Validation images keep
     their aspect: shorter side as the crop, sides multiples of `multiple`; their targets are depth in metres. Validation
     clips, whose batches have images (1, T, 3, H, W), come after all single images. Remote shards are fetched into
-    `cache`, those of the next steps in the background. With `needs_camera` an image of unknown focal length is broken.
+    `cache`, those of the next steps in the background. With `needs_camera` an image of unknown focal length is broken;
+    with `learns_normals` one of the labeled data sets must know its cameras.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class DepthDataModule(L.LightningDataModule):
         limit_val: int | None = None,
         cache: ShardCache | None = None,
         needs_camera: bool = False,
+        learns_normals: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -55,10 +58,22 @@ class DepthDataModule(L.LightningDataModule):
         self.limit_val = limit_val
         self.cache = cache
         self.needs_camera = needs_camera
+        self.learns_normals = learns_normals
 
     def prepare_data(self) -> None:
         for group in (self.config.labeled, self.config.unlabeled, self.config.val, self.config.val_clips):
             render_missing(group)
+
+    def setup(self, stage: str) -> None:
+        """ConfigError where the first samples say that a metric or a loss would have nothing to work with."""
+        if stage != "fit":
+            return
+        if self.learns_normals:
+            readers = [DatasetReader(name, each, None, self.cache) for name, each in self.config.labeled.items()]
+            check_cameras(readers)
+        for reader in val_readers(self.config, self.cache):
+            if isinstance(reader, ClipReader):
+                check_poses(reader)
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
@@ -211,7 +226,9 @@ def render_missing(group: Mapping[str, DatasetConfig]) -> None:
     """Render the procedural data sets of `group` that are not on disk yet."""
     for dataset in group.values():
         if dataset.world is not None:
-            world = WorldSpec(**{**asdict(dataset.world), "size": tuple(dataset.world.size)})
+            settings = asdict(dataset.world) | {"size": tuple(dataset.world.size)}
+            del settings["root"]
+            world = WorldSpec(**settings)
             write_world(Path(dataset.manifest).parent, world)
 
 

@@ -134,7 +134,8 @@ def _read_pairs(folder: Path, defaults: Row) -> PairSet:
     for stem in sorted(images.keys() | labels.keys()):
         image = images.get(stem, folder / "images" / f"{stem}.jpg")
         label = labels.get(stem, folder / "depth" / f"{stem}{suffix}")
-        row = {"id": stem, "source": _name(folder), "rgb": str(image), "label": str(label), "codec": codec}
+        files = {"rgb": str(image.relative_to(folder)), "label": str(label.relative_to(folder))}
+        row = {"id": stem, "source": _name(folder), "codec": codec, **files}
         rows.append(check_row(defaults | row | {"where": str(folder)}))
     return row_sets(rows, folder / "images")[0]
 

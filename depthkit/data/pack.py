@@ -73,7 +73,10 @@ def main(argv: list[str]) -> int:
         sets = list(find_sets(args.inputs, _label_fields(args)))
         splits = _splits(sets, val=args.val_sources, test=args.test_sources)
         if args.hold_out is not None:
-            sets = [part for whole in sets for part in _held_out(whole, args.hold_out, splits[whole.name])]
+            parts = [part for whole in sets for part in _held_out(whole, args.hold_out, splits[whole.name])]
+            if len(parts) == len(sets):
+                raise ValueError(f"--hold-out {args.hold_out:g}: no train source has two labeled pairs")
+            sets = parts
             splits = _splits(sets, val=args.val_sources, test=args.test_sources)
         records = pack(sets, splits, args.out, samples_per_shard=args.samples_per_shard, num_workers=args.workers)
     except (OSError, ValueError, ImportError) as error:
@@ -265,8 +268,11 @@ def _report(sets: list[PairSet], splits: dict[str, str], records: dict[str, list
         num_samples, num_bytes = sum(shard.num_samples for shard in shards), sum(shard.num_bytes for shard in shards)
         table.add_row(s.name, splits[s.name], str(num_samples), str(rejected), f"{num_bytes / 1e6:.1f}", codec)
     Console().print(table)
-    if num_rejected:
-        print(f"{num_rejected} pairs were rejected; the reasons are in {out}/NAME/rejected.jsonl", file=sys.stderr)
+    for s in sets:
+        rejected_pairs = [row for record in records[s.name] for row in record.rejected]
+        if rejected_pairs:
+            place, first = out / s.name / "rejected.jsonl", rejected_pairs[0]
+            print(f"{len(rejected_pairs)} pairs were rejected, listed in {place}; the first: {first}", file=sys.stderr)
     print("\n".join(repeats), end="\n" if repeats else "", file=sys.stderr)
     return 1 if num_rejected or repeats else 0
 
@@ -300,7 +306,7 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--hold-out",
         type=float,
         metavar="SHARE",
-        help="share of the pairs of every train source that becomes a val set",
+        help="share of the labeled pairs of every train source that becomes SOURCE_val",
     )
     labels = parser.add_argument_group("your own labels", "where a row of an index or table says nothing else")
     labels.add_argument("--quantity", choices=QUANTITIES, help="what a label holds; default: depth")

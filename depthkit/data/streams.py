@@ -86,7 +86,11 @@ class Stream:
             sample.image = self.perturb(sample.image, generator)
             sample.rejections = rejections
             return sample, sample_cutmix_box(self.crop_size, self.augment, generator)
-        reasons = "\n".join(f"  {r.shard} {r.key}: {r.reason}" for r in rejections)
+        keys: dict[str, list[str]] = {}
+        for rejection in rejections:
+            keys.setdefault(rejection.reason, []).append(f"{rejection.shard} {rejection.key}")
+        others = {why: f" and {len(found) - 1} more" if len(found) > 1 else "" for why, found in keys.items()}
+        reasons = "\n".join(f"  {found[0]}{others[why]}: {why}" for why, found in keys.items())
         raise SampleError(f"{MAX_ATTEMPTS} samples in a row are broken in stream {self.name}:\n{reasons}")
 
 

@@ -19,7 +19,7 @@ from depthkit.doctor.bench import Bench
 from depthkit.doctor.finding import Finding, Level
 from depthkit.doctor.labels import check_alignment, check_cameras, check_flips, check_values, per_stream
 from depthkit.doctor.normalisation import check_normalisation
-from depthkit.doctor.report import draw, draw_samples, show, write
+from depthkit.doctor.report import draw, draw_frames, draw_samples, show, write
 from depthkit.doctor.settings import DoctorConfig
 from depthkit.doctor.training import check_gradients, check_learning_rate, check_overfit
 from depthkit.hydra_entry import hydra_main
@@ -55,6 +55,8 @@ def examine(config: DoctorConfig) -> list[Finding]:
         if stream == "labeled" and isinstance(config.stage, SupervisedConfig) and config.stage.normals:
             findings.append(attempt("cameras of labeled", check_cameras, batches))
         pictures.append(draw_samples(images[0], batches[0], config.stage.target_kind or "disparity"))
+    if not pictures:
+        pictures += [draw_frames(images) for images in loaded[0][0].values()]
     findings += [
         attempt("flips", check_flips, config.data, config.stage.target_kind, config.seed),
         attempt("normalisation", check_normalisation, bench),

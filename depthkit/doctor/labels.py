@@ -13,6 +13,7 @@ from depthkit.doctor.alignment import Agreement, measure, t_value
 from depthkit.doctor.finding import Finding, Level
 from depthkit.types import Batch, Kind, Sample
 
+WEAK = 0.05  # correlation of edges below which nothing is said of where labels lie
 CLEAR = 3.0
 """Standard errors from which on a difference is taken for one."""
 FEWEST_IMAGES = 8  # of which alignment is judged
@@ -94,6 +95,9 @@ def judge(agreement: Agreement) -> tuple[Level, str, dict[str, float]]:
     if values["t"] < CLEAR:
         text = f"labels show no more of their own image than of another one ({numbers}): is each label its image's?"
         return Level.warning if values["t"] > 1 else Level.problem, text, values
+    if values["own"] < WEAK:
+        text = f"edges of labels and images have too little in common to tell whether they belong together ({numbers})"
+        return Level.warning, text, values
     return Level.ok, f"labels lie on their images ({numbers})", values
 
 

@@ -65,10 +65,19 @@ def draw_samples(images: Tensor, batch: Batch, kind: Kind, most: int = 4) -> np.
         target, mask = targets[index].cpu().numpy(), masks[index].cpu().numpy()
         scale = kind_scale(kind, *value_range(target, mask))
         on_image = np.where(drawn[index].cpu().numpy()[..., None], np.array(EDGE_COLOR, np.uint8), pixels)
-        title = f"{batch['dataset'][index]} {batch['key'][index]}"
+        title = Path(batch["key"][index]).name[:24]
         tiles = [Tile(title, pixels), Tile("label", colorize(target, mask, scale)), Tile("its edges", on_image)]
         rows.append(PictureRow(tiles, [scale]))
     return render(picture_grid(rows))
+
+
+def draw_frames(images: Tensor, most: int = 4) -> np.ndarray:
+    """Images without labels, (B, 3, H, W) uint8, in a row; clips (B, T, 3, H, W) in a row each."""
+    clips = images[:most] if images.dim() == 5 else images[None, :most]
+    rows = clips.permute(0, 1, 3, 4, 2).cpu().numpy()
+    name = "frame" if images.dim() == 5 else "image"
+    tiles = [[Tile(f"{name} {number + 1}", pixels) for number, pixels in enumerate(row)] for row in rows]
+    return render(picture_grid([PictureRow(row, []) for row in tiles]))
 
 
 def curves(findings: Sequence[Finding]) -> list[np.ndarray]:
@@ -85,10 +94,13 @@ def curves(findings: Sequence[Finding]) -> list[np.ndarray]:
     left.set_xticks(range(len(ratios)), labels=list(ratios))  # a logarithmic axis would need fonts for its exponents
     left.axvline(list(ratios).index("1"), color="0.7", zorder=0)
     left.set(title="loss left after some steps", xlabel="times the rates of the settings", ylim=(0, 1.05 * MOST_LOSS))
+    left.set(ylabel=f"share of the first ({MOST_LOSS:g} = more)")
+    right.set(ylabel="loss")
     right.plot(found["losses"])
     right.set(title="one batch by heart", xlabel="step", ylim=(0, None))
     for axes in (left, right):
         axes.title.set_fontsize(8.5)
         axes.tick_params(labelsize=7)
         axes.xaxis.label.set_fontsize(7.5)
+        axes.yaxis.label.set_fontsize(7.5)
     return [render(figure)]

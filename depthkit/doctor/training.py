@@ -68,7 +68,8 @@ def judge_rates(sweep: Mapping[float, float], rates: Mapping[str, float], steps:
     seen = f"{steps} steps on one batch leave {own:.0%} of the loss, {best:g} times the rates {sweep[best]:.0%}"
     if own > 1.05 or not math.isfinite(own):
         outcome = "diverges" if not math.isfinite(own) else f"grows to {own:.0%}"
-        text = f"the loss {outcome} in {steps} steps at these rates: too high; try {best:g} times ({cure})"
+        most = "at most " if best == min(FACTORS) else ""
+        text = f"the loss {outcome} in {steps} steps at these rates: too high; try {most}{best:g} times ({cure})"
         level = Level.problem if best < 1 else Level.warning
     elif best > 1 and own > 0.98:
         text = f"next to nothing is learned at these rates ({seen}): too low for a short run; try {cure}"
@@ -99,7 +100,12 @@ def check_overfit(bench: Bench, batch: Batches, steps: int, factor: float) -> Fi
     ratio = losses[-1] / losses[0]
     exchanged = values["exchanged"] = exchanged_loss(bench, batch)
     seen = f"{losses[0]:.3g} to {losses[-1]:.3g} in {steps} steps"
-    if ratio > STUCK:
+    if ratio > STUCK and factor == min(FACTORS):
+        text = (
+            f"not to be judged: even {factor:g} times the rates of the settings is too high ({seen}); lower them first"
+        )
+        level = Level.skipped
+    elif ratio > STUCK:
         text = f"the loss of one batch does not fall ({seen}): network, loss or labels do not go together"
         level = Level.problem
     elif exchanged is not None and exchanged < USED * losses[-1]:

@@ -121,7 +121,8 @@ class Predictor:
         given: list[float | None] = [*focal_px] if isinstance(focal_px, Sequence) else [focal_px] * num_images
         if len(given) != num_images or not all(value is not None and 0 < value < float("inf") for value in given):
             raise ValueError(
-                f"focal_px={focal_px}: {self.name} needs the horizontal focal length of each image, in its pixels"
+                f"focal_px={focal_px}: {self.name} needs the horizontal focal length of each image, in its pixels, "
+                "above 0 (--focal-px on the command line)"
             )
         return given
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from depthkit.data.windows import normalize
 from depthkit.evaluation.protocols import compare, protocol_id
 from depthkit.evaluation.report_pictures import UNIT_LABELS, encode, shrink
-from depthkit.evaluation.settings import ProtocolConfig
+from depthkit.evaluation.settings import Alignment, ProtocolConfig
 from depthkit.files import atomic_write
 from depthkit.runtime.meter import samples_seen
 from depthkit.types import Batch, Kind, Rejection
@@ -49,9 +49,14 @@ class ImagePanels(L.Callback):
         with atomic_write(self.folder / f"step-{trainer.global_step:08d}.png") as file:
             file.write(encode(picture, ".png"))
         unit = UNIT_LABELS[protocol.unit]
-        caption = f"{title}: image | ground truth | prediction, aligned | relative error. Depth, one scale: {unit}"
+        shown = "prediction, aligned" if is_aligned(protocol) else "prediction"
+        caption = f"{title}: image | ground truth | {shown} | relative error. Depth, one scale: {unit}"
         for logger in trainer.loggers:
             log_picture(logger, picture, caption, trainer)
+
+
+def is_aligned(protocol: ProtocolConfig) -> bool:
+    return protocol.alignment is not Alignment.none
 
 
 def fixed_batches(dataset: Any, num_images: int) -> list[Batch]:
@@ -76,7 +81,9 @@ def draw(batch: Batch, prediction: Tensor, kind: Kind, protocol: ProtocolConfig,
     aligned, _ = shrink(aligned, np.ones_like(valid_mask))
     target, valid_mask = shrink(target, valid_mask)
     image = batch["image"][0].permute(1, 2, 0).numpy()
-    return panel(image, target, aligned, valid_mask, unit=UNIT_LABELS[protocol.unit], title=title)
+    return panel(
+        image, target, aligned, valid_mask, unit=UNIT_LABELS[protocol.unit], title=title, aligned=is_aligned(protocol)
+    )
 
 
 def log_picture(logger: Logger, picture: np.ndarray, caption: str, trainer: L.Trainer) -> None:

@@ -1,6 +1,7 @@
 """Which data sets, in which crops and batches, under which perturbations."""
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 from omegaconf import MISSING
 
@@ -11,6 +12,7 @@ from depthkit.errors import check
 class WorldConfig:
     """A procedural data set, rendered when its manifest is not there yet (`data/procedural.py`)."""
 
+    root: str | None = None  # folder that it is rendered into; a data set elsewhere is another one; null: any folder
     domain: str = MISSING  # source | target
     split: str = MISSING  # train | val | test: different scenes
     num_images: int = MISSING
@@ -49,6 +51,9 @@ class DatasetConfig:
         if self.depth_range is not None:
             low, high = self.depth_range
             check(0 <= low < high, "dataset.depth_range", self.depth_range, "[low, high] in metres, 0 <= low < high")
+        # Settings that name another manifest inherit the world of the data set that they began with.
+        if self.world and self.world.root is not None and PurePath(self.world.root) != PurePath(self.manifest).parent:
+            self.world = None
 
 
 @dataclass(kw_only=True)
