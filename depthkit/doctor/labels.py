@@ -150,7 +150,8 @@ def check_flips(config: DataConfig, target_kind: Kind | None, seed: int) -> Find
             if part := next((part for part in MIRRORED if not is_mirror(straight, mirrored, part)), None):
                 text = f"{part} of {straight.key} ({straight.dataset}) is not mirrored with the others"
                 return Finding(Level.problem, text)
-    text = f"image, label and mask are mirrored together ({NUM_FLIPPED} samples of {' and '.join(streams[0])})"
+    parts = "image, label and mask" if target_kind else "image and principal point"
+    text = f"{parts} are mirrored together ({NUM_FLIPPED} samples of {' and '.join(streams[0])})"
     return Finding(Level.ok, text)
 
 
