@@ -71,9 +71,9 @@ def test_the_source_is_found():
 
 
 @pytest.mark.parametrize("module", sorted(MATHEMATICS))
-def test_mathematics_is_torch_and_numpy(module):
+def test_mathematics_is_torch_numpy_and_scipy(module):
     assert ours(module) <= MATHEMATICS
-    assert theirs(module) <= {"torch", "numpy"}
+    assert theirs(module) <= {"torch", "numpy", "scipy"}
 
 
 def test_config_knows_nothing_of_ours_but_other_settings():

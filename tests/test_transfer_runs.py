@@ -106,7 +106,7 @@ def test_blocks_that_are_not_there_are_refused_while_composing(config):
 
 def test_pre_training_is_not_transferred(config):
     with pytest.raises(ConfigError, match=r"transfer.mode='frozen': must be full with stage=pretrain"):
-        validate(config("transfer=frozen", stage="pretrain"))
+        validate(config("transfer=frozen", "stage.encoder_weights=null", stage="pretrain"))
 
 
 @pytest.mark.parametrize("wrong", ["transfer.blocks=0", "transfer.lora_rank=0"])
