@@ -162,14 +162,14 @@ def plan(request: Request) -> list[Job]:
     """The jobs in an order in which each comes after those it waits for; ConfigError for settings that cannot work."""
     trainings = composed(request)
     student = trainings.pop("student")
+    bundles = [f"{config.run_dir}/bundle" for config in trainings.values()]
     jobs: list[Job] = []
     for stage, config in trainings.items():
         with naming(stage):
-            validate(config, pending=[f"{earlier.run_dir}/bundle" for earlier in trainings.values()])
+            validate(config, pending=bundles)
         before = [job.variable for job in jobs]
         jobs.append(job_of(stage, config, request.options[stage], settings_of(request, stage), before))
     before = [job.variable for job in jobs]
-    bundles = [f"{config.run_dir}/bundle" for config in trainings.values()]
 
     label_sets = {name: data for name, data in student.data.unlabeled.items() if data.labels is not None}
     for name, data in label_sets.items():
